@@ -1,0 +1,1 @@
+"""How, on the CPU: launchers for the kernels of csrc/cpu."""

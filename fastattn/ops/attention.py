@@ -1,0 +1,388 @@
+"""softmax(q k^T) v: the contract of attention, its plain-PyTorch reference, its op and its gradient."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn import dispatch
+from fastattn.ops import _dropout
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Call(NamedTuple):
+    """One checked call, in the order of the op's schema. Backends get this and nothing else."""
+
+    q: Tensor  # [B, Sq, H, D]
+    k: Tensor  # [B, Sk, Hk, D]
+    v: Tensor  # [B, Sk, Hk, Dv]
+    mask: Tensor | None  # bool, broadcasts to [B, H, Sq, Sk], rank 4; True = attend
+    bias: Tensor | None  # like mask, in q's type or float32
+    alibi_slopes: Tensor | None  # float32 [B, H]
+    sinks: Tensor | None  # [H], in q's type or float32
+    seed: Tensor | None  # int64 [], given when dropout_p > 0
+    softmax_scale: float
+    window_left: int  # -1: unbounded
+    window_right: int  # -1: unbounded; causal is 0
+    softcap: float  # 0: none
+    dropout_p: float
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(q k^T * softmax_scale) v, without storing the scores.
+
+    With s = q k^T * softmax_scale, the score of query i and key j is
+    `softcap * tanh(s / softcap) - slope * |i + Sk - Sq - j| + bias`, each part only where it is given.
+
+    Shapes:
+        q [B, Sq, H, D], k [B, Sk, Hk, D], v [B, Sk, Hk, Dv] -> out [B, Sq, H, Dv], lse [B, H, Sq].
+        H is a multiple of Hk; query head h reads KV head h // (H // Hk), which is never expanded.
+        Any strides whose last is 1: a [B, H, S, D] tensor goes in as `x.transpose(1, 2)`, uncopied.
+    Types:
+        q, k, v share one of float32, bfloat16, float16 (float64: reference only). Sums are in float32,
+        lse is float32. Under autocast q, k and v are cast to autocast's type.
+    Args:
+        causal: query i sees keys j <= i + Sk - Sq (aligned at the end).
+        window_size: (left, right) in tokens around i + Sk - Sq; -1 means unbounded.
+        softmax_scale: multiplies q k^T; finite and at least 0. Default 1 / sqrt(D).
+        softcap: bounds the scores to (-softcap, softcap); 0 means none.
+        alibi_slopes: float32 [H] or [B, H]; not differentiable.
+        mask: bool, broadcasts to [B, H, Sq, Sk]; True = attend.
+        bias: added to the scores; broadcasts to [B, H, Sq, Sk]; in q's type or float32; differentiable.
+        sinks: [H], one more score per head, which takes weight and gives no value; differentiable.
+        dropout_p: share of the weights set to 0, in [0, 1); the others grow by 1 / (1 - dropout_p).
+        seed: of the dropout, in [0, 2**63), an int or an int64 tensor of shape []; the same seed drops
+            the same positions on every backend. Default: drawn from torch's CPU generator.
+        return_lse: also return lse, the log of the sum of exp(score), sinks included; differentiable.
+        backend: a backend's name, or "reference". Default: the first that supports the call.
+    Errors:
+        Against the reference in float64, at most twice PyTorch's in the same type (testing/compare.py).
+        A row that sees no key gives out = 0 and lse = -inf (the sink's score, where there are sinks),
+        and its gradients are 0.
+    Raises:
+        ValueError, TypeError: an argument is wrong; names it, what was given and what is allowed.
+        NotImplementedError: no backend takes the call; gives each one's reason.
+    Backends:
+        cpu (AVX-512-BF16, AVX-512, AVX2, generic); see `fastattn.explain`.
+    Source:
+        Dao 2023, arXiv:2307.08691; online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867.
+    """
+    if backend is None:
+        backend = dispatch.DEFAULT
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    call = check(
+        q, k, v, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
+        alibi_slopes=alibi_slopes, mask=mask, bias=bias, sinks=sinks, dropout_p=dropout_p, seed=seed,
+    )  # fmt: skip
+    if backend == dispatch.REFERENCE:
+        out, lse = attention_reference(call)
+    elif torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (sinks is not None and sinks.requires_grad)
+    ):
+        out, lse = _Attention.apply(*call, backend)
+    elif dispatch.must_trace() or type(q) is not Tensor:
+        out, lse = _OP_FWD(*call, backend)
+    else:
+        out, lse = dispatch.choose("attention", backend, q.device, call).attention_fwd(call)
+    return (out, lse) if return_lse else out
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Call:
+    """Raises on a bad argument of `attention`, or returns the call in its normal form."""
+    shape = _check_qkv(q, k, v)
+    if mask is not None:
+        if mask.dtype is not torch.bool:
+            raise TypeError(f"mask must be bool (True = attend), got {mask.dtype}; bias adds to scores")
+        mask = _check_scores("mask", mask, q, shape)
+    if bias is not None:
+        _check_type("bias", bias, q)
+        bias = _check_scores("bias", bias, q, shape)
+    if alibi_slopes is not None:
+        alibi_slopes = _check_alibi(alibi_slopes, q, shape)
+    if sinks is not None:
+        _check_type("sinks", sinks, q)
+        _check_device("sinks", sinks, q)
+        if tuple(sinks.shape) != (shape[1],):
+            raise ValueError(f"sinks must have shape [H] = [{shape[1]}], got {list(sinks.shape)}")
+    if softmax_scale is None:
+        softmax_scale = 1.0 / math.sqrt(q.shape[3])
+    elif not 0.0 <= softmax_scale < math.inf:
+        raise ValueError(f"softmax_scale must be finite and at least 0, got {softmax_scale}")
+    if not 0.0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be finite and at least 0 (0 = none), got {softcap}")
+    left, right = _check_window(window_size, causal)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    checked_seed = _check_seed(seed) if dropout_p > 0.0 or seed is not None else None
+    return Call(
+        q, k, v, mask, bias, alibi_slopes, sinks, checked_seed,
+        softmax_scale, left, right, softcap, dropout_p,
+    )  # fmt: skip
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+    """Returns (B, H, Sq, Sk)."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            heads = "H" if x is q else "Hk"
+            raise ValueError(
+                f"{name} must have 4 dimensions [B, S, {heads}, D], got shape {list(x.shape)}"
+            )
+        if x.dtype is not q.dtype:
+            raise TypeError(f"q, k and v must share one type, got q {q.dtype} and {name} {x.dtype}")
+        _check_device(name, x, q)
+    if q.dtype not in _TYPES:
+        raise TypeError(f"q must be float32, bfloat16, float16 or float64, got {q.dtype}")
+    batch, seqlen_q, nheads, head_dim = q.shape
+    batch_k, seqlen_k, nheads_k, head_dim_k = k.shape
+    batch_v, seqlen_v, nheads_v, head_dim_v = v.shape
+    if not batch == batch_k == batch_v:
+        raise ValueError(f"q, k and v must share the batch size, got {batch}, {batch_k} and {batch_v}")
+    if head_dim != head_dim_k:
+        raise ValueError(f"q and k must share the head dim D, got {head_dim} and {head_dim_k}")
+    if head_dim == 0 or head_dim_v == 0:
+        raise ValueError(f"head dims must be at least 1, got D {head_dim} and Dv {head_dim_v}")
+    if seqlen_k != seqlen_v:
+        raise ValueError(f"k and v must share the length Sk, got {seqlen_k} and {seqlen_v}")
+    if nheads_k != nheads_v:
+        raise ValueError(f"k and v must share the number of heads Hk, got {nheads_k} and {nheads_v}")
+    if nheads != nheads_k and (nheads_k == 0 or nheads % nheads_k != 0):
+        raise ValueError(f"H must be a multiple of Hk, got H {nheads} (q) and Hk {nheads_k} (k, v)")
+    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if x.stride(3) != 1 and x.shape[3] > 1:
+                raise ValueError(
+                    f"the last stride of {name} must be 1, got strides {list(x.stride())}; "
+                    f"{name}.contiguous() makes it so"
+                )
+    return batch, nheads, seqlen_q, seqlen_k
+
+
+def _check_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+
+
+def _check_type(name: str, x: Tensor, q: Tensor) -> None:
+    if x.dtype is not q.dtype and x.dtype is not torch.float32:
+        raise TypeError(f"{name} must be in q's type {q.dtype} or float32, got {x.dtype}")
+
+
+def _check_scores(name: str, x: Tensor, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """A tensor that broadcasts to the scores, in rank 4."""
+    _check_device(name, x, q)
+    batch, nheads, seqlen_q, seqlen_k = shape
+    if x.ndim > 4 or any(
+        have not in (1, want) for have, want in zip(reversed(x.shape), reversed(shape), strict=False)
+    ):
+        raise ValueError(
+            f"{name} must broadcast to [B, H, Sq, Sk] = "
+            f"[{batch}, {nheads}, {seqlen_q}, {seqlen_k}], got shape {list(x.shape)}"
+        )
+    if x.ndim < 4:
+        x = x.reshape((1,) * (4 - x.ndim) + tuple(x.shape))
+    if x.shape[3] > 1 and x.stride(3) != 1:
+        # Only a key dimension that is not laid out row by row is copied; broadcasts never are.
+        x = x[..., :1] if x.stride(3) == 0 else x.contiguous()
+    return x
+
+
+def _check_alibi(slopes: Tensor, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """The slopes as [B, H], batch stride 0 where all sequences share them."""
+    batch, nheads = shape[:2]
+    if slopes.dtype is not torch.float32:
+        raise TypeError(f"alibi_slopes must be float32, got {slopes.dtype}")
+    _check_device("alibi_slopes", slopes, q)
+    if tuple(slopes.shape) not in ((nheads,), (batch, nheads)):
+        raise ValueError(
+            f"alibi_slopes must have shape [H] = [{nheads}] or [B, H] = [{batch}, {nheads}], "
+            f"got {list(slopes.shape)}"
+        )
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("alibi_slopes must not require a gradient; a bias can be learned instead")
+    return slopes.expand(batch, nheads)
+
+
+def _check_window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
+    left, right = window_size
+    if left < -1 or right < -1 or left != int(left) or right != int(right):
+        raise ValueError(f"window_size must be two integers >= -1 (-1 = unbounded), got {window_size}")
+    return left, (0 if causal else right)
+
+
+def _check_seed(seed: int | Tensor | None) -> Tensor:
+    if seed is None:
+        return _dropout.draw_seed()
+    if isinstance(seed, Tensor):
+        if seed.dtype is not torch.int64 or seed.ndim != 0:
+            raise TypeError(f"seed must be an int64 tensor of shape [], got {seed.dtype} {list(seed.shape)}")
+        return seed
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+    return torch.tensor(seed, dtype=torch.int64)
+
+
+def attention_reference(call: Call) -> tuple[Tensor, Tensor]:
+    """The definition, in plain PyTorch and the inputs' own type; differentiable. O(Sq * Sk) memory."""
+    q, k, v = (x.transpose(1, 2) for x in call[:3])
+    groups = q.shape[1] // max(k.shape[1], 1)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    batch, nheads, seqlen_q, _ = q.shape
+    seqlen_k = k.shape[2]
+
+    scores = (q @ k.transpose(-1, -2)) * call.softmax_scale
+    if call.softcap > 0.0:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    # Where query i would stand among the keys, minus where key j stands.
+    distance = (
+        torch.arange(seqlen_q, device=q.device)[:, None]
+        + (seqlen_k - seqlen_q)
+        - torch.arange(seqlen_k, device=q.device)
+    )
+    if call.alibi_slopes is not None:
+        scores = scores - call.alibi_slopes[:, :, None, None].to(scores.dtype) * distance.abs()
+    if call.bias is not None:
+        scores = scores + call.bias.to(scores.dtype)
+    if call.window_left >= 0:
+        scores = scores.masked_fill(distance > call.window_left, -math.inf)
+    if call.window_right >= 0:
+        scores = scores.masked_fill(distance < -call.window_right, -math.inf)
+    if call.mask is not None:
+        scores = scores.masked_fill(~call.mask, -math.inf)
+
+    sees_nothing = (scores == -math.inf).all(dim=-1, keepdim=True)
+    if call.sinks is not None:
+        sink = call.sinks.to(scores.dtype)[None, :, None, None].expand(batch, nheads, seqlen_q, 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    else:
+        # The softmax of a row of -inf is NaN, in its gradient too: give it a finite row, then 0.
+        scores = scores.masked_fill(sees_nothing, 0.0)
+    wide = scores if scores.dtype is torch.float64 else scores.float()
+    lse = torch.logsumexp(wide, dim=-1) if wide.shape[-1] else wide.new_zeros(wide.shape[:-1])
+    weights = torch.softmax(scores, dim=-1)[..., :seqlen_k]
+    if call.sinks is None:
+        weights = weights.masked_fill(sees_nothing, 0.0)
+        lse = lse.masked_fill(sees_nothing[..., 0], -math.inf)
+    if call.dropout_p > 0.0:
+        assert call.seed is not None
+        keep = _dropout.keep_mask(
+            call.seed.to(q.device), call.dropout_p, batch * nheads, seqlen_q, seqlen_k
+        ).view(batch, nheads, seqlen_q, seqlen_k)
+        weights = weights * keep / (1.0 - call.dropout_p)
+    return (weights @ v).transpose(1, 2).contiguous(), lse
+
+
+_CALL_SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, "
+    "Tensor? seed, float softmax_scale, int window_left, int window_right, float softcap, float dropout_p"
+)
+_LIB = torch.library.Library("fastattn", "FRAGMENT")
+_LIB.define(f"attention_fwd({_CALL_SCHEMA}, str backend) -> (Tensor out, Tensor lse)")
+_LIB.define(
+    f"attention_bwd(Tensor dout, Tensor dlse, Tensor out, Tensor lse, {_CALL_SCHEMA}, bool need_dbias, "
+    "str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
+)
+
+
+def _fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    call = Call(*args[:-1])
+    module = dispatch.choose("attention", args[-1], call.q.device, call)
+    return module.attention_fwd(call)  # type: ignore[no-any-return]
+
+
+def _fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    call = Call(*args[:-1])
+    batch, seqlen_q, nheads, _ = call.q.shape
+    out = call.q.new_empty((batch, seqlen_q, nheads, call.v.shape[3]))
+    return out, call.q.new_empty((batch, nheads, seqlen_q), dtype=torch.float32)
+
+
+def _bwd(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    call, need_dbias, backend = Call(*args[:-2]), args[-2], args[-1]
+    module = dispatch.choose("attention", backend, call.q.device, call)
+    return module.attention_bwd(dout, dlse, out, lse, call, need_dbias)  # type: ignore[no-any-return]
+
+
+def _bwd_fake(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    call, need_dbias = Call(*args[:-2]), args[-2]
+    dbias = call.bias.new_empty(call.bias.shape) if need_dbias else call.q.new_empty((0,))
+    dsinks = call.sinks.new_empty(call.sinks.shape) if call.sinks is not None else call.q.new_empty((0,))
+    dq, dk, dv = (x.new_empty(x.shape) for x in call[:3])
+    return dq, dk, dv, dbias, dsinks
+
+
+_LIB.impl("attention_fwd", _fwd, "CompositeExplicitAutograd")
+_LIB.impl("attention_bwd", _bwd, "CompositeExplicitAutograd")
+torch.library.register_fake("fastattn::attention_fwd", _fwd_fake, lib=_LIB)
+torch.library.register_fake("fastattn::attention_bwd", _bwd_fake, lib=_LIB)
+_OP_FWD = torch.ops.fastattn.attention_fwd.default
+_OP_BWD = torch.ops.fastattn.attention_bwd.default
+
+
+class _Attention(torch.autograd.Function):
+    """Stands outside the op and is used only when a gradient is needed."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _OP_FWD(*args)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:8], *output)
+        ctx.scalars = inputs[8:13]
+        ctx.backend = inputs[13]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        need_dbias = ctx.needs_input_grad[4]
+        dq, dk, dv, dbias, dsinks = _OP_BWD(
+            dout, dlse, out, lse, *tensors, *ctx.scalars, need_dbias, ctx.backend
+        )
+        bias = dbias if need_dbias else None
+        sinks = dsinks if ctx.needs_input_grad[6] else None
+        return (dq, dk, dv, None, bias, None, sinks, *[None] * 7)

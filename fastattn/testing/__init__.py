@@ -1,0 +1,1 @@
+"""Shared by tests and benchmarks: inputs, the error rule, timing."""
