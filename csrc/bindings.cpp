@@ -1,0 +1,12 @@
+// fastattn._C: a list of names. Each op's .cpp turns Python's arguments into its Params.
+#include <pybind11/pybind11.h>
+
+namespace fastattn {
+void bind_attention(pybind11::module_& m);
+void bind_machine(pybind11::module_& m);
+}  // namespace fastattn
+
+PYBIND11_MODULE(_C, m) {
+  fastattn::bind_machine(m);
+  fastattn::bind_attention(m);
+}

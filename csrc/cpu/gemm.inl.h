@@ -1,0 +1,134 @@
+// The matrix product under every kernel: a register tile over packed operands, and the packing.
+//
+// C [m, n] (+)= A [m, kk] B [kk, n], all in 4-byte elements of Math (vec.h). B lies in panels of
+// kPanel columns, [n / kPanel][kk][kPanel], so that each step of the sum reads one line or two. A is
+// read one element at a time and broadcast, which loads do for free: any strides will do, but a row
+// stride known at compile time costs no registers.
+//
+// Cost of one step, AVX-512: 2 loads of B, kMaxTileRows broadcasts of A, 2 * kMaxTileRows FMAs, so
+// (2 + 14) / 28 loads per FMA where the machine can do one each; 28 independent sums hide the latency.
+#pragma once
+
+#include <utility>
+
+#include "vec.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+constexpr int kPanel = 2 * kWidth;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// One register tile: kRows x (kVecs * kWidth) sums.
+template <class Math, int kRows, int kVecs, int kRowStride>
+void gemm_tile(int64_t kk, const float* a, int64_t a_step, const float* b, float* c, int64_t c_stride,
+               bool accumulate) {
+  Vec sums[kRows][kVecs];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) {
+      sums[i][j] = accumulate ? load(c + i * c_stride + j * kWidth) : zero();
+    }
+  }
+#pragma GCC unroll 1
+  for (int64_t k = 0; k < kk; ++k) {
+    Vec columns[kVecs];
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) columns[j] = load(b + j * kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const Vec row = broadcast(a[i * kRowStride]);
+#pragma GCC unroll 2
+      for (int j = 0; j < kVecs; ++j) sums[i][j] = Math::mul_add(row, columns[j], sums[i][j]);
+    }
+    a += a_step;
+    b += kPanel;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) store(c + i * c_stride + j * kWidth, sums[i][j]);
+  }
+}
+
+using GemmTile = void (*)(int64_t, const float*, int64_t, const float*, float*, int64_t, bool);
+
+template <class Math, int kVecs, int kRowStride, size_t... kRows>
+GemmTile gemm_tile_of(int rows, std::index_sequence<kRows...>) {
+  static constexpr GemmTile tiles[] = {gemm_tile<Math, int(kRows) + 1, kVecs, kRowStride>...};
+  return tiles[rows - 1];
+}
+
+// A tile's rows (m <= kMaxTileRows) against n columns; C is written up to n rounded to kWidth.
+template <class Math, int kRowStride>
+void gemm_rows(int64_t m, int64_t n, int64_t kk, const float* a, int64_t a_step, const float* b,
+               int64_t panel_stride, float* c, int64_t c_stride, bool accumulate) {
+  constexpr auto kRows = std::make_index_sequence<kMaxTileRows>{};
+  const GemmTile wide = gemm_tile_of<Math, 2, kRowStride>(static_cast<int>(m), kRows);
+  int64_t column = 0;
+  for (; column + kWidth < n; column += kPanel) {
+    wide(kk, a, a_step, b, c + column, c_stride, accumulate);
+    b += panel_stride;
+  }
+  if (column < n) {
+    gemm_tile_of<Math, 1, kRowStride>(static_cast<int>(m), kRows)(kk, a, a_step, b, c + column,
+                                                                  c_stride, accumulate);
+  }
+}
+
+// Rows of `values` become columns: n rows x [0, values) -> [steps][kLanes] elements, lane = row, where
+// rows(i) points to row i. The last lanes are 0 where n is smaller; so is the second half of the last
+// pair where values is odd.
+template <class Math, int kLanes, class Rows>
+void pack_transposed(const Rows& rows, int64_t n, int64_t values, float* out) {
+  const int64_t steps = ceil_div(values, Math::kStep);
+  for (int64_t k = 0; k < steps; k += kWidth) {
+    const int wanted = static_cast<int>(smaller(values - k * Math::kStep, kWidth * Math::kStep));
+    const int64_t written = smaller(kWidth, steps - k);
+    for (int64_t lane = 0; lane < kLanes; lane += kWidth) {
+      const int lanes = static_cast<int>(smaller(kWidth, kLanes - lane));
+      Vec r[kWidth];
+      for (int i = 0; i < kWidth; ++i) {
+        r[i] = i < lanes && lane + i < n ? Math::load_row(rows(lane + i) + k * Math::kStep, wanted)
+                                         : zero();
+      }
+      transpose(r);
+      for (int64_t i = 0; i < written; ++i) {
+        float* to = out + (k + i) * kLanes + lane;
+        if (lanes == kWidth) {
+          store(to, r[i]);
+        } else {
+          store(to, r[i], lanes);
+        }
+      }
+    }
+  }
+}
+
+// Rows stay rows: n rows x [0, columns) -> panels [columns / kPanel][steps][kPanel], where a step is a
+// row (or a pair of rows). Rows from n on are 0, up to steps * kStep; so are columns up to the panel.
+template <class Math, class Rows>
+void pack_rows(const Rows& rows, int64_t n, int64_t columns, int64_t steps, float* out) {
+  for (int64_t c = 0; c < columns; c += kPanel) {
+    for (int64_t k = 0; k < steps; ++k) {
+      const int64_t row = k * Math::kStep;
+      for (int64_t v = 0; v < kPanel; v += kWidth) {
+        const int wanted = static_cast<int>(smaller(columns - c - v, kWidth));
+        Vec x = zero();
+        if (row < n && wanted > 0) {
+          const bool alone = Math::kStep == 1 || row + 1 >= n;
+          x = alone ? Math::zip_row(rows(row) + c + v, wanted)
+                    : Math::zip_rows(rows(row) + c + v, rows(row + 1) + c + v, wanted);
+        }
+        store(out + v, x);
+      }
+      out += kPanel;
+    }
+  }
+}
+
+}  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,2 @@
+#define FASTATTN_ISA generic
+#include "kernels.inl.h"

@@ -1,0 +1,72 @@
+// What a tier of the CPU core offers: one table of functions per ISA, filled in kernels.inl.h.
+#pragma once
+
+#include "../attention.h"
+
+namespace fastattn {
+
+// Query rows [row_begin, row_end) of one KV head against keys [key_begin, key_end). A row is a query
+// of one head: row = i * groups + g is query i of head hk * groups + g, so that the heads that share
+// a KV head stand together and causality stays a staircase.
+struct AttentionTask {
+  int64_t b, hk;
+  int64_t row_begin, row_end;
+  int64_t key_begin, key_end;
+  float* partial;  // [rows, 2 + Dv]: row maximum, row sum, unscaled output; null: write out and lse
+};
+
+// Sizes in floats, of one call's buffers.
+struct AttentionPlan {
+  int64_t key_block;      // keys that are packed and worked on together
+  int64_t packed_block;   // packed K and V of one block
+  int64_t scratch_row;    // forward scratch, per row of a task
+  int64_t scratch_fixed;  // forward scratch, beside the rows
+  int64_t bwd_key_block;  // keys of one backward task
+  int64_t bwd_row_block;  // rows that a backward task works on together
+  int64_t bwd_scratch;
+};
+
+struct AttentionKernels {
+  AttentionPlan (*plan)(const AttentionParams&);
+  // Packs keys [key_begin, key_end) of a head; key_begin is a multiple of the key block.
+  void (*pack)(const AttentionParams&, int64_t b, int64_t hk, int64_t key_begin, int64_t key_end,
+               float* packed);
+  // `packed` holds the blocks from key block `packed_from` on.
+  void (*fwd)(const AttentionParams&, const AttentionTask&, const float* packed,
+              int64_t packed_from, float* scratch);
+  // The same for few rows, straight from k and v.
+  void (*fwd_few)(const AttentionParams&, const AttentionTask&, float* scratch);
+  // Joins the partial results of one KV head, [splits, rows, 2 + Dv].
+  void (*merge)(const AttentionParams&, int64_t b, int64_t hk, int64_t splits, float* partial);
+  void (*bwd_delta)(const AttentionParams&, int64_t b, int64_t h);
+  // One block of keys: begin, then its blocks of rows in order, then end.
+  void (*bwd_begin)(const AttentionParams&, int64_t b, int64_t hk, int64_t key_begin,
+                    float* scratch);
+  void (*bwd_rows)(const AttentionParams&, int64_t b, int64_t hk, int64_t key_begin,
+                   int64_t row_begin, int64_t row_end, float* scratch);
+  void (*bwd_end)(const AttentionParams&, int64_t b, int64_t hk, int64_t key_begin,
+                  float* scratch);
+  // The gradient of one head's sink, over the batch.
+  void (*bwd_sinks)(const AttentionParams&, int64_t h);
+  // dq of one query's heads from dq_sum.
+  void (*bwd_store_dq)(const AttentionParams&, int64_t b, int64_t i);
+};
+
+struct CpuKernels {
+  const char* isa;
+  AttentionKernels attention[kTypes];
+  double (*fma_peak)(bool bf16, double seconds);              // GFLOP/s of the calling thread
+  float (*read_all)(const float* p, int64_t n);               // their sum, at full speed
+};
+
+// The most query rows of one KV head that fwd_few takes.
+constexpr int64_t kFewRows = 8;
+
+// The table in use: the best tier of this machine, or the one chosen by name.
+const CpuKernels& cpu_kernels();
+// False where this machine has no such tier.
+bool choose_cpu_kernels(const char* isa);
+// The tiers that are built and that this machine runs, worst first; ends with null.
+const CpuKernels* const* cpu_tiers();
+
+}  // namespace fastattn

@@ -1,0 +1,76 @@
+// Threads, waiting and buffers for the kernels; no arithmetic here.
+#pragma once
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <thread>
+
+namespace fastattn {
+
+// Runs f(thread) on up to `threads` threads of the OpenMP pool, which PyTorch shares. f takes its
+// work from a counter, so that it is all done whatever number of threads comes.
+template <class F>
+void parallel(int threads, const F& f) {
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    f(omp_get_thread_num());
+    return;
+  }
+#endif
+  f(0);
+}
+
+// Waits until counter >= value. Who waits has work that was handed out after the work it waits for,
+// so that somebody is always at work.
+inline void wait_for(const std::atomic<int64_t>& counter, int64_t value) {
+  for (int spins = 0; counter.load(std::memory_order_acquire) < value; ++spins) {
+    if (spins < 4096) {
+#if defined(__x86_64__) || defined(__i386__)
+      __builtin_ia32_pause();
+#endif
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+// An aligned buffer that is kept for the next call, up to a limit: fresh pages cost a fault each.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+
+  float* floats(int64_t n) {
+    const size_t bytes = (static_cast<size_t>(n) * sizeof(float) + 4095) / 4096 * 4096;
+    if (bytes > bytes_) {
+      release();
+      data_ = std::aligned_alloc(4096, bytes);
+      if (!data_) throw std::bad_alloc();
+      bytes_ = bytes;
+    }
+    return static_cast<float*>(data_);
+  }
+  void trim(size_t keep_bytes) {
+    if (bytes_ > keep_bytes) release();
+  }
+
+ private:
+  void release() {
+    std::free(data_);
+    data_ = nullptr;
+    bytes_ = 0;
+  }
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+}  // namespace fastattn

@@ -1,0 +1,141 @@
+// AVX-512 (F, BW, DQ, VL): 16 floats; bfloat16 dot products where the tier has AVX512-BF16.
+#pragma once
+
+#include <immintrin.h>
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns of the placeholders inside its own intrinsics (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+namespace fastattn::FASTATTN_ISA {
+
+using Vec = __m512;
+constexpr int kWidth = 16;
+// Rows of a register tile: 14 x 2 vectors of sums leave 2 registers for B and 2 for broadcasts of A.
+constexpr int kMaxTileRows = 14;
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec broadcast(float x) { return _mm512_set1_ps(x); }
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec load(const BF16* p) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+inline Vec load(const F16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+// The first n lanes; n <= kWidth. Nothing past them is touched, the other lanes are 0.
+inline Vec load(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+inline Vec load(const BF16* p, int n) {
+  const __m256i x = _mm256_maskz_loadu_epi16(first(n), p);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+inline Vec load(const F16* p, int n) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+}
+inline void store(float* p, Vec x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
+inline void store(F16* p, Vec x, int n) {
+  _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(BF16* p, Vec x, int n) {
+#if defined(__AVX512BF16__)
+  const __m256i half = (__m256i)_mm512_cvtneps_pbh(x);
+#else
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  up = _mm512_mask_mov_epi32(up, nan, _mm512_set1_epi32(0x7FC00000));
+  const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+#endif
+  _mm256_mask_storeu_epi16(p, first(n), half);
+}
+
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+// The second operand where either is NaN.
+inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+inline Vec abs(Vec x) { return _mm512_abs_ps(x); }
+inline Vec copy_sign(Vec magnitude, Vec sign) {
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
+      _mm512_set1_epi32(INT32_MIN), _mm512_castps_si512(sign), _mm512_castps_si512(magnitude), 0xCA));
+}
+inline Vec round_even(Vec x) { return _mm512_roundscale_ps(x, 0x08); }
+inline Vec scale_by_power(Vec x, Vec whole) { return _mm512_scalef_ps(x, whole); }
+inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
+// yes where the byte is not 0; reads n bytes.
+inline Vec select_bytes(const uint8_t* bytes, int n, Vec yes, Vec no) {
+  const __m128i x = _mm_maskz_loadu_epi8(first(n), bytes);
+  return _mm512_mask_blend_ps(_mm_test_epi8_mask(x, x), no, yes);
+}
+inline float sum(Vec x) { return _mm512_reduce_add_ps(x); }
+inline float largest(Vec x) { return _mm512_reduce_max_ps(x); }
+
+// lane j of row i becomes lane i of row j.
+inline void transpose(Vec* r) {
+  Vec t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xEE);
+    r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xDD);
+    t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xDD);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xDD);
+    r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xDD);
+  }
+}
+
+#if defined(__AVX512BF16__)
+inline Vec load_pairs(const BF16* p) { return _mm512_loadu_ps(p); }
+// n pairs whose last may be half: `values` bfloat16 are read, the rest are 0.
+inline Vec load_pairs(const BF16* p, int values) {
+  const __mmask32 mask = values >= 32 ? ~0u : (1u << values) - 1u;
+  return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p));
+}
+inline __m512i widen(__m256i x) { return _mm512_cvtepu16_epi32(x); }
+// Lane i of the result is the pair (low[i], high[i]).
+inline Vec zip(__m256i low, __m256i high) {
+  return _mm512_castsi512_ps(_mm512_or_si512(widen(low), _mm512_slli_epi32(widen(high), 16)));
+}
+inline Vec zip_pairs(const BF16* low, const BF16* high, int n) {
+  return zip(_mm256_maskz_loadu_epi16(first(n), low), _mm256_maskz_loadu_epi16(first(n), high));
+}
+inline Vec zip_pairs(const BF16* low, int n) {
+  return _mm512_castsi512_ps(widen(_mm256_maskz_loadu_epi16(first(n), low)));
+}
+inline Vec zip_pairs(Vec low, Vec high) {
+  return zip((__m256i)_mm512_cvtneps_pbh(low), (__m256i)_mm512_cvtneps_pbh(high));
+}
+// Neighbours in memory order: lanes of a, then of b, as bfloat16.
+inline Vec join_pairs(Vec a, Vec b) { return (__m512)_mm512_cvtne2ps_pbh(b, a); }
+inline Vec fma_pairs(Vec a, Vec b, Vec c) {
+  return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
+}  // namespace fastattn::FASTATTN_ISA
