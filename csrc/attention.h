@@ -16,18 +16,18 @@ struct Strided {
 
 struct AttentionParams {
   int64_t batch, nheads, nheads_k, seqlen_q, seqlen_k, head_dim, head_dim_v;
-  Type type;           // of q, k, v, out and their gradients
-  Strided q;           // [B, Sq, H, D], last stride 1
-  Strided k;           // [B, Sk, Hk, D], last stride 1
-  Strided v;           // [B, Sk, Hk, Dv], last stride 1
-  Strided out;         // [B, Sq, H, Dv], last stride 1
-  float* lse;          // [B, H, Sq], natural logarithm
-  Strided mask;        // bool [B, H, Sq, Sk], last stride 0 or 1; data null: none
-  Strided bias;        // [B, H, Sq, Sk], last stride 0 or 1; data null: none
-  Type bias_type;      // type, or kFloat32
-  Strided alibi;       // float [B, H]; data null: none
-  Strided sinks;       // [H]; data null: none
-  Type sinks_type;     // type, or kFloat32
+  Type type;        // of q, k, v, out and their gradients
+  Strided q;        // [B, Sq, H, D], last stride 1
+  Strided k;        // [B, Sk, Hk, D], last stride 1
+  Strided v;        // [B, Sk, Hk, Dv], last stride 1
+  Strided out;      // [B, Sq, H, Dv], last stride 1
+  float* lse;       // [B, H, Sq], natural logarithm
+  Strided mask;     // bool [B, H, Sq, Sk], last stride 0 or 1; data null: none
+  Strided bias;     // [B, H, Sq, Sk], last stride 0 or 1; data null: none
+  Type bias_type;   // type, or kFloat32
+  Strided alibi;    // float [B, H]; data null: none
+  Strided sinks;    // [H]; data null: none
+  Type sinks_type;  // type, or kFloat32
   float softmax_scale;
   int64_t window_left, window_right;  // tokens; -1: unbounded; causal is right = 0
   float softcap;                      // 0: none
@@ -44,7 +44,7 @@ struct AttentionParams {
   Strided dbias;  // float, strides of the gradient's own [B, H, Sq, Sk], 0 where summed; null: none
   float* dsinks;  // [H]; null: none
   float* delta;   // workspace [B, H, Sq]: sum of dout * out, less dlse
-  Strided dq_sum; // workspace, float [B, Sq, H, D]; dq itself where its type is float
+  Strided dq_sum;  // workspace, float [B, Sq, H, D]; dq itself where its type is float
 
   // The keys [begin, end) that query i may see by causality and window.
   int64_t visible_begin(int64_t i) const {

@@ -25,7 +25,8 @@ void set_isa(const std::string& name) {
   if (choose_cpu_kernels(name.c_str())) return;
   std::string known;
   for (const std::string& tier : isa_tiers()) known += (known.empty() ? "" : ", ") + tier;
-  throw py::value_error("FASTATTN_CPU_ISA: this machine has no tier '" + name + "'; it has " + known);
+  throw py::value_error("FASTATTN_CPU_ISA: this machine has no tier '" + name + "'; it has " +
+                        known);
 }
 
 // GFLOP/s of multiply-adds, all threads together; bf16 counts pairs where the tier multiplies them.
@@ -55,9 +56,8 @@ double read_bandwidth(int64_t megabytes, int threads, double seconds) {
   const auto start = Clock::now();
   do {
     const auto begin = Clock::now();
-    parallel(threads, [&](int thread) {
-      sink.store(cpu_kernels().read_all(data + thread * share, share));
-    });
+    parallel(threads,
+             [&](int thread) { sink.store(cpu_kernels().read_all(data + thread * share, share)); });
     const std::chrono::duration<double> took = Clock::now() - begin;
     best = std::max(best, double(share) * threads * 4 / took.count() * 1e-9);
   } while (std::chrono::duration<double>(Clock::now() - start).count() < seconds);

@@ -5,11 +5,12 @@
 //     dS = P (dP - delta)           bias gradient; then times softcap's slope and the scale
 //     dQ += dS K                    into memory, blocks of keys in their order
 //     dV += P^T dO, dK += dS^T Q    kept in L2 until the block of keys is done
-// Five products, nothing computed twice. Q and dO are packed anew for each block of keys: with N keys
-// to a block that is about 4 passes over them against 5 N / 32 cycles of FMA an element, 2 to 5 %.
+// Five products, nothing computed twice. Q and dO are packed anew for each block of keys: with N
+// keys to a block that is about 4 passes over them against 5 N / 32 cycles of FMA an element, 2 to
+// 5 %.
 //
-// Deterministic: dQ rows take the blocks of keys in order (cpu/attention.cpp makes them wait), dK and
-// dV take the rows in order.
+// Deterministic: dQ rows take the blocks of keys in order (cpu/attention.cpp makes them wait), dK
+// and dV take the rows in order.
 #pragma once
 
 #include "../attention.h"
@@ -46,7 +47,7 @@ struct BwdSizes {
 // One call's share of a thread's scratch.
 template <class T>
 struct BwdScratch {
-  float *k_t, *v_t, *k_rows, *dk, *dv;  // one block of keys
+  float *k_t, *v_t, *k_rows, *dk, *dv;                       // one block of keys
   float *q_t, *do_t, *q_rows, *do_rows, *weights, *dscores;  // one block of rows
   float *s_tile, *dp_tile, *slope, *dq_tile;                 // one tile
   BwdScratch(const BwdSizes<T>& size, float* p) {
@@ -78,8 +79,8 @@ void attention_bwd_delta(const AttentionParams& p, int64_t b, int64_t h) {
   for (int64_t i = 0; i < p.seqlen_q; ++i) {
     const T* o = static_cast<const T*>(p.out.data) + b * p.out.stride[0] + i * p.out.stride[1] +
                  h * p.out.stride[2];
-    const T* d = static_cast<const T*>(p.dout.data) + b * p.dout.stride[0] +
-                 i * p.dout.stride[1] + h * p.dout.stride[2];
+    const T* d = static_cast<const T*>(p.dout.data) + b * p.dout.stride[0] + i * p.dout.stride[1] +
+                 h * p.dout.stride[2];
     Vec total = zero();
     for (int64_t c = 0; c < p.head_dim_v; c += kWidth) {
       const int n = static_cast<int>(smaller(p.head_dim_v - c, kWidth));
@@ -122,8 +123,8 @@ void attention_bwd_begin(const AttentionParams& p, int64_t b, int64_t hk, int64_
     pack_transposed<Math, kPanel>([&](int64_t i) { return v + (c + i) * p.v.stride[1]; }, n - c,
                                   p.head_dim_v, local.v_t + c * size.dv_steps);
   }
-  pack_rows<Math>([&](int64_t i) { return k + i * p.k.stride[1]; }, n, p.head_dim,
-                  size.key_steps(), local.k_rows);
+  pack_rows<Math>([&](int64_t i) { return k + i * p.k.stride[1]; }, n, p.head_dim, size.key_steps(),
+                  local.k_rows);
   std::memset(local.dk, 0, static_cast<size_t>(size.key_block * size.d_columns) * 4);
   std::memset(local.dv, 0, static_cast<size_t>(size.key_block * size.dv_columns) * 4);
 }
@@ -225,7 +226,8 @@ void bwd_tile(const HeadRows& rows, const BwdSizes<T>& size, const BwdScratch<T>
     float* dq = rows.at<float>(p.dq_sum, row + i);
     for (int64_t c = 0; c < p.head_dim; c += kWidth) {
       const int lanes = static_cast<int>(smaller(p.head_dim - c, kWidth));
-      store(dq + c, load(dq + c, lanes) + load(local.dq_tile + i * size.d_columns + c, lanes), lanes);
+      store(dq + c, load(dq + c, lanes) + load(local.dq_tile + i * size.d_columns + c, lanes),
+            lanes);
     }
   }
 }
@@ -264,7 +266,8 @@ void attention_bwd_rows(const AttentionParams& p, int64_t b, int64_t hk, int64_t
     // Only the rows that see one of these keys.
     int64_t first = 0, last = tiles;
     while (first < last && columns[first].end <= key) ++first;
-    while (last > first && (columns[last - 1].empty() || columns[last - 1].begin >= key + m)) --last;
+    while (last > first && (columns[last - 1].empty() || columns[last - 1].begin >= key + m))
+      --last;
     if (first == last) continue;
     const int64_t from = first * kMaxTileRows / Math::kStep;
     const int64_t steps = ceil_div(smaller(last * kMaxTileRows, n), Math::kStep) - from;
@@ -308,8 +311,8 @@ void attention_bwd_store_dq(const AttentionParams& p, int64_t b, int64_t i) {
   for (int64_t h = 0; h < p.nheads; ++h) {
     const float* from = static_cast<const float*>(p.dq_sum.data) + b * p.dq_sum.stride[0] +
                         i * p.dq_sum.stride[1] + h * p.dq_sum.stride[2];
-    T* to = static_cast<T*>(p.dq.data) + b * p.dq.stride[0] + i * p.dq.stride[1] +
-            h * p.dq.stride[2];
+    T* to =
+        static_cast<T*>(p.dq.data) + b * p.dq.stride[0] + i * p.dq.stride[1] + h * p.dq.stride[2];
     store_row_as(from, p.head_dim, to);
   }
 }

@@ -1,10 +1,10 @@
-// Attention forward for a few rows, straight from k and v: with so little work per key, packing would
-// cost more than it saves, and the goal is to read memory at full speed.
+// Attention forward for a few rows, straight from k and v: with so little work per key, packing
+// would cost more than it saves, and the goal is to read memory at full speed.
 //
 //   for each block of keys: S = Q K^T by dot products, kWidth keys at a time; softmax; O += P V.
 //
-// Bytes: K and V once for all rows, (D + Dv) * sizeof(T) per key. Cycles per key, AVX-512 and R rows:
-// R (D + Dv) / 16 loads or FMAs, two at a time, and 3 R for the sum over lanes.
+// Bytes: K and V once for all rows, (D + Dv) * sizeof(T) per key. Cycles per key, AVX-512 and R
+// rows: R (D + Dv) / 16 loads or FMAs, two at a time, and 3 R for the sum over lanes.
 #pragma once
 
 #include "attention_fwd.inl.h"
@@ -23,7 +23,8 @@ Vec dot_products(const T* q, const T* k, int64_t k_stride, int64_t n, int64_t he
     const T* key = k + smaller(j, n - 1) * k_stride;
     Vec s = zero();
     for (int64_t d = 0; d < whole; d += kStepValues) {
-      s = Math::mul_add(Math::load_row(q + d, kStepValues), Math::load_row(key + d, kStepValues), s);
+      s = Math::mul_add(Math::load_row(q + d, kStepValues), Math::load_row(key + d, kStepValues),
+                        s);
     }
     if (rest) {
       s = Math::mul_add(Math::load_row(q + whole, rest), Math::load_row(key + whole, rest), s);
@@ -65,7 +66,8 @@ void weighted_sum(const float* weights, int64_t begin, int64_t end, const T* v, 
 }
 
 template <class T>
-using WeightedSum = void (*)(const float*, int64_t, int64_t, const T*, int64_t, int, float*, int64_t);
+using WeightedSum = void (*)(const float*, int64_t, int64_t, const T*, int64_t, int, float*,
+                             int64_t);
 
 template <class T>
 void add_weighted(int64_t m, const float* weights, Columns keys, const T* v, int64_t v_stride,

@@ -1,17 +1,19 @@
-// Attention forward for a block of rows of one KV head: one pass over the keys, scores never stored.
+// Attention forward for a block of rows of one KV head: one pass over the keys, scores never
+// stored.
 //
 //   for each block of keys, for each tile of kMaxTileRows rows:
 //     S = Q K^T            gemm; S [rows, keys] lives in L1
 //     m, l, P              online softmax in units of log2, P over S in place
 //     O += P V             gemm; O [rows, Dv] lives in L2
 //
-// A row's maximum m is raised, and its sum l and O rescaled, only when a score passes it by more than
-// 2^8: P stays below 2^8, which float and bfloat16 hold, and almost every block skips the rescale.
+// A row's maximum m is raised, and its sum l and O rescaled, only when a score passes it by more
+// than 2^8: P stays below 2^8, which float and bfloat16 hold, and almost every block skips the
+// rescale.
 //
-// Cost of a tile, AVX-512, R rows, N keys: R N (D + Dv) / 32 cycles of FMA (half for bfloat16 pairs),
-// R N / 16 * 6 for exp2, 2 for maximum, loads and stores; reads N (D + Dv) elements of packed K and V
-// from L2, 128 bytes every R cycles. At D = Dv = 64 that bounds the share of peak to 64 / 72 = 89 %
-// (bfloat16: 32 / 38 = 83 %), at 128 to 94 % (91 %).
+// Cost of a tile, AVX-512, R rows, N keys: R N (D + Dv) / 32 cycles of FMA (half for bfloat16
+// pairs), R N / 16 * 6 for exp2, 2 for maximum, loads and stores; reads N (D + Dv) elements of
+// packed K and V from L2, 128 bytes every R cycles. At D = Dv = 64 that bounds the share of peak to
+// 64 / 72 = 89 % (bfloat16: 32 / 38 = 83 %), at 128 to 94 % (91 %).
 //
 // Each row goes through the same blocks in the same order whatever the tiles around it, so its bits
 // do not depend on threads, batch or the size of a task.
@@ -143,7 +145,8 @@ void finish_rows(const HeadRows& rows, const AttentionTask& task, const RowState
   }
 }
 
-// Joins the splits of a head's keys in their order, so that the sum does not depend on who came first.
+// Joins the splits of a head's keys in their order, so that the sum does not depend on who came
+// first.
 template <class T>
 void attention_merge(const AttentionParams& p, int64_t b, int64_t hk, int64_t splits,
                      float* partial) {
@@ -239,11 +242,10 @@ void attention_fwd(const AttentionParams& p, const AttentionTask& task, const fl
                          s + columns.begin, kScoreStride, false);
       const float factor = finish_scores<T>(rows, row, m, key, columns, s, nullptr);
       softmax_tile<Math>(rows, task.row_begin, t, m, key, columns, factor, s, state);
-      gemm_rows<Math, kScoreStride>(m, p.head_dim_v, n / Math::kStep,
-                                    s + columns.begin / Math::kStep, 1,
-                                    v_packed + columns.begin / Math::kStep * kPanel,
-                                    size.key_block / Math::kStep * kPanel,
-                                    state.out + t * state.stride, state.stride, true);
+      gemm_rows<Math, kScoreStride>(
+          m, p.head_dim_v, n / Math::kStep, s + columns.begin / Math::kStep, 1,
+          v_packed + columns.begin / Math::kStep * kPanel, size.key_block / Math::kStep * kPanel,
+          state.out + t * state.stride, state.stride, true);
     }
   }
   finish_rows<T>(rows, task, state);

@@ -1,12 +1,13 @@
 // The matrix product under every kernel: a register tile over packed operands, and the packing.
 //
 // C [m, n] (+)= A [m, kk] B [kk, n], all in 4-byte elements of Math (vec.h). B lies in panels of
-// kPanel columns, [n / kPanel][kk][kPanel], so that each step of the sum reads one line or two. A is
-// read one element at a time and broadcast, which loads do for free: any strides will do, but a row
-// stride known at compile time costs no registers.
+// kPanel columns, [n / kPanel][kk][kPanel], so that each step of the sum reads one line or two. A
+// is read one element at a time and broadcast, which loads do for free: any strides will do, but a
+// row stride known at compile time costs no registers.
 //
 // Cost of one step, AVX-512: 2 loads of B, kMaxTileRows broadcasts of A, 2 * kMaxTileRows FMAs, so
-// (2 + 14) / 28 loads per FMA where the machine can do one each; 28 independent sums hide the latency.
+// (2 + 14) / 28 loads per FMA where the machine can do one each; 28 independent sums hide the
+// latency.
 #pragma once
 
 #include <utility>
@@ -24,8 +25,8 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // One register tile: kRows x (kVecs * kWidth) sums.
 template <class Math, int kRows, int kVecs, int kRowStride>
-void gemm_tile(int64_t kk, const float* a, int64_t a_step, const float* b, float* c, int64_t c_stride,
-               bool accumulate) {
+void gemm_tile(int64_t kk, const float* a, int64_t a_step, const float* b, float* c,
+               int64_t c_stride, bool accumulate) {
   Vec sums[kRows][kVecs];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -80,9 +81,9 @@ void gemm_rows(int64_t m, int64_t n, int64_t kk, const float* a, int64_t a_step,
   }
 }
 
-// Rows of `values` become columns: n rows x [0, values) -> [steps][kLanes] elements, lane = row, where
-// rows(i) points to row i. The last lanes are 0 where n is smaller; so is the second half of the last
-// pair where values is odd.
+// Rows of `values` become columns: n rows x [0, values) -> [steps][kLanes] elements, lane = row,
+// where rows(i) points to row i. The last lanes are 0 where n is smaller; so is the second half of
+// the last pair where values is odd.
 template <class Math, int kLanes, class Rows>
 void pack_transposed(const Rows& rows, int64_t n, int64_t values, float* out) {
   const int64_t steps = ceil_div(values, Math::kStep);
@@ -109,8 +110,9 @@ void pack_transposed(const Rows& rows, int64_t n, int64_t values, float* out) {
   }
 }
 
-// Rows stay rows: n rows x [0, columns) -> panels [columns / kPanel][steps][kPanel], where a step is a
-// row (or a pair of rows). Rows from n on are 0, up to steps * kStep; so are columns up to the panel.
+// Rows stay rows: n rows x [0, columns) -> panels [columns / kPanel][steps][kPanel], where a step
+// is a row (or a pair of rows). Rows from n on are 0, up to steps * kStep; so are columns up to the
+// panel.
 template <class Math, class Rows>
 void pack_rows(const Rows& rows, int64_t n, int64_t columns, int64_t steps, float* out) {
   for (int64_t c = 0; c < columns; c += kPanel) {

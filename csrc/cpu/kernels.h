@@ -5,9 +5,9 @@
 
 namespace fastattn {
 
-// Query rows [row_begin, row_end) of one KV head against keys [key_begin, key_end). A row is a query
-// of one head: row = i * groups + g is query i of head hk * groups + g, so that the heads that share
-// a KV head stand together and causality stays a staircase.
+// Query rows [row_begin, row_end) of one KV head against keys [key_begin, key_end). A row is a
+// query of one head: row = i * groups + g is query i of head hk * groups + g, so that the heads
+// that share a KV head stand together and causality stays a staircase.
 struct AttentionTask {
   int64_t b, hk;
   int64_t row_begin, row_end;
@@ -44,8 +44,7 @@ struct AttentionKernels {
                     float* scratch);
   void (*bwd_rows)(const AttentionParams&, int64_t b, int64_t hk, int64_t key_begin,
                    int64_t row_begin, int64_t row_end, float* scratch);
-  void (*bwd_end)(const AttentionParams&, int64_t b, int64_t hk, int64_t key_begin,
-                  float* scratch);
+  void (*bwd_end)(const AttentionParams&, int64_t b, int64_t hk, int64_t key_begin, float* scratch);
   // The gradient of one head's sink, over the batch.
   void (*bwd_sinks)(const AttentionParams&, int64_t h);
   // dq of one query's heads from dq_sum.
@@ -55,12 +54,15 @@ struct AttentionKernels {
 struct CpuKernels {
   const char* isa;
   AttentionKernels attention[kTypes];
-  double (*fma_peak)(bool bf16, double seconds);              // GFLOP/s of the calling thread
-  float (*read_all)(const float* p, int64_t n);               // their sum, at full speed
+  double (*fma_peak)(bool bf16, double seconds);  // GFLOP/s of the calling thread
+  float (*read_all)(const float* p, int64_t n);   // their sum, at full speed
 };
 
 // The most query rows of one KV head that fwd_few takes.
 constexpr int64_t kFewRows = 8;
+
+// How many of the threads a call of this size can use (attention_fwd.cpp).
+int attention_threads(const AttentionParams& p, int threads);
 
 // The table in use: the best tier of this machine, or the one chosen by name.
 const CpuKernels& cpu_kernels();

@@ -27,9 +27,20 @@ void parallel(int threads, const F& f) {
   f(0);
 }
 
+using Counter = std::atomic<int64_t>;
+
+// Runs f(t) for t in [0, n), handed out in order.
+template <class F>
+void for_each(int threads, int64_t n, const F& f) {
+  Counter next{0};
+  parallel(threads, [&](int) {
+    for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(t);
+  });
+}
+
 // Waits until counter >= value. Who waits has work that was handed out after the work it waits for,
 // so that somebody is always at work.
-inline void wait_for(const std::atomic<int64_t>& counter, int64_t value) {
+inline void wait_for(const Counter& counter, int64_t value) {
   for (int spins = 0; counter.load(std::memory_order_acquire) < value; ++spins) {
     if (spins < 4096) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -72,5 +83,14 @@ class Buffer {
   void* data_ = nullptr;
   size_t bytes_ = 0;
 };
+
+// What a buffer may keep between calls.
+constexpr size_t kKeptBytes = size_t{8} << 20;
+
+// The calling worker's own.
+inline Buffer& scratch_buffer() {
+  thread_local Buffer buffer;
+  return buffer;
+}
 
 }  // namespace fastattn

@@ -1,5 +1,6 @@
-// The only file family with intrinsics: a vector of kWidth floats and the few operations that kernels
-// are written on. Each tier's translation unit sees one implementation, in its own namespace.
+// The only file family with intrinsics: a vector of kWidth floats and the few operations that
+// kernels are written on. Each tier's translation unit sees one implementation, in its own
+// namespace.
 //
 // BF16 and F16 are storage types; arithmetic is always in float. A "pair" is two bfloat16 in the 32
 // bits of one float lane, low half first: the operand of a bfloat16 dot product.
@@ -28,9 +29,9 @@ struct F16 {
 
 namespace fastattn::FASTATTN_ISA {
 
-// 2^x to a relative error of 2.6 units in the last place (degree 5) or 7.5e-5 (degree 3, for results
-// that are rounded to bfloat16). 0 for x < -150, -inf too; NaN stays NaN. Minimax coefficients of 2^f
-// on [-1/2, 1/2].
+// 2^x to a relative error of 2.6 units in the last place (degree 5) or 7.5e-5 (degree 3, for
+// results that are rounded to bfloat16). 0 for x < -150, -inf too; NaN stays NaN. Minimax
+// coefficients of 2^f on [-1/2, 1/2].
 template <int kDegree>
 inline Vec exp2(Vec x) {
   x = max(broadcast(-200.0f), x);
@@ -60,7 +61,8 @@ inline float exp2_scalar(float x) {
   return lanes[0];
 }
 
-// tanh to a few units in the last place: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) cancels.
+// tanh to a few units in the last place: an odd polynomial near 0, where 1 - 2 / (e^2x + 1)
+// cancels.
 inline Vec tanh(Vec x) {
   const Vec magnitude = abs(x);
   const Vec square = x * x;

@@ -13,7 +13,8 @@ namespace fastattn::FASTATTN_ISA {
 
 using Vec = __m512;
 constexpr int kWidth = 16;
-// Rows of a register tile: 14 x 2 vectors of sums leave 2 registers for B and 2 for broadcasts of A.
+// Rows of a register tile: 14 x 2 vectors of sums leave 2 registers for B and 2 for broadcasts of
+// A.
 constexpr int kMaxTileRows = 14;
 #if defined(__AVX512BF16__)
 constexpr bool kHasPairs = true;
@@ -67,8 +68,9 @@ inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline Vec abs(Vec x) { return _mm512_abs_ps(x); }
 inline Vec copy_sign(Vec magnitude, Vec sign) {
-  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
-      _mm512_set1_epi32(INT32_MIN), _mm512_castps_si512(sign), _mm512_castps_si512(magnitude), 0xCA));
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_set1_epi32(INT32_MIN),
+                                                       _mm512_castps_si512(sign),
+                                                       _mm512_castps_si512(magnitude), 0xCA));
 }
 inline Vec round_even(Vec x) { return _mm512_roundscale_ps(x, 0x08); }
 inline Vec scale_by_power(Vec x, Vec whole) { return _mm512_scalef_ps(x, whole); }
@@ -133,9 +135,7 @@ inline Vec zip_pairs(Vec low, Vec high) {
 }
 // Neighbours in memory order: lanes of a, then of b, as bfloat16.
 inline Vec join_pairs(Vec a, Vec b) { return (__m512)_mm512_cvtne2ps_pbh(b, a); }
-inline Vec fma_pairs(Vec a, Vec b, Vec c) {
-  return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
-}
+inline Vec fma_pairs(Vec a, Vec b, Vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
 #endif
 
 }  // namespace fastattn::FASTATTN_ISA

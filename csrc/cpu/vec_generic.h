@@ -49,7 +49,7 @@ inline void to_half(float x, F16* out) {
 inline Vec zero() { return Vec{}; }
 inline Vec broadcast(float x) { return Vec{x, x, x, x}; }
 inline Vec load(const float* p) {
-  Vec x;
+  Vec x{};
   std::memcpy(&x, p, sizeof x);
   return x;
 }
@@ -85,8 +85,8 @@ inline Vec copy_sign(Vec magnitude, Vec sign) {
   return (Vec)((IntVec)magnitude | ((IntVec)sign & INT32_MIN));
 }
 inline Vec round_even(Vec x) {
-  // Adding and taking away 1.5 * 2^23 rounds |x| < 2^22; exp2 clamps to that range from below, and a
-  // larger x overflows in any case. volatile-free: -ffast-math is never used.
+  // Adding and taking away 1.5 * 2^23 rounds |x| < 2^22; exp2 clamps to that range from below, and
+  // a larger x overflows in any case. volatile-free: -ffast-math is never used.
   const Vec magic = broadcast(12582912.0f);
   return (x + magic) - magic;
 }

@@ -1,0 +1,115 @@
+// Cuts attention backward into tasks, one a block of keys of a head, and runs them on threads. Sums
+// that several tasks add to take them in the order of the tasks, so their bits do not depend on
+// threads.
+#include <algorithm>
+#include <memory>
+
+#include "../attention.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace fastattn {
+
+namespace {
+
+constexpr int64_t kDone = INT64_MAX;
+
+// A bias that several heads or sequences share has one gradient, which their tasks add to in order:
+// the task that comes before task t in the same block of keys, or null.
+const Counter* task_before_in_bias(const AttentionParams& p, int64_t t, int64_t b, int64_t hk,
+                                   const Counter* progress) {
+  if (!p.dbias.data) return nullptr;
+  if (p.dbias.stride[1] == 0 && hk > 0) return progress + t - 1;
+  if (p.dbias.stride[0] == 0 && b > 0) {
+    return progress + t - (p.dbias.stride[1] == 0 ? 1 : p.nheads_k);
+  }
+  return nullptr;
+}
+
+// Where a bias is shared by all queries, every row of a task adds to the same few numbers: they are
+// summed on the side, [heads of a KV head, keys of a block], and join the others once, in order.
+struct BiasSums {
+  float* sums;
+  int64_t keys, head_stride, key_stride;
+
+  AttentionParams redirect(AttentionParams p, int64_t hk, int64_t key_begin) {
+    std::fill(sums, sums + p.groups() * keys, 0.0f);
+    head_stride = p.dbias.stride[1] ? keys : 0;
+    key_stride = p.dbias.stride[3] ? 1 : 0;
+    // The kernel counts heads and keys from 0.
+    const int64_t before = hk * p.groups() * head_stride + key_begin * key_stride;
+    p.dbias.data = reinterpret_cast<void*>(reinterpret_cast<intptr_t>(sums) - before * 4);
+    p.dbias.stride[0] = 0;
+    p.dbias.stride[1] = head_stride;
+    p.dbias.stride[3] = key_stride;
+    return p;
+  }
+
+  void add_to(const AttentionParams& p, int64_t b, int64_t hk, int64_t key_begin, int64_t n) const {
+    const int64_t heads = head_stride ? p.groups() : 1, columns = key_stride ? n : 1;
+    for (int64_t h = 0; h < heads; ++h) {
+      float* to = static_cast<float*>(p.dbias.data) + b * p.dbias.stride[0] +
+                  (hk * p.groups() + h) * p.dbias.stride[1] + key_begin * p.dbias.stride[3];
+      for (int64_t c = 0; c < columns; ++c) to[c] += sums[h * head_stride + c];
+    }
+  }
+};
+
+void bwd_keys(const AttentionParams& p, const AttentionKernels& kernels, const AttentionPlan& plan,
+              int64_t b, int64_t hk, int64_t key_begin, const Counter* dq_before,
+              const Counter* bias_before, Counter* progress, float* scratch) {
+  const int64_t key_end = std::min(key_begin + plan.bwd_key_block, p.seqlen_k);
+  BiasSums bias = {scratch + plan.bwd_scratch, plan.bwd_key_block, 0, 0};
+  const bool aside = p.dbias.data && p.dbias.stride[2] == 0;
+  const AttentionParams mine = aside ? bias.redirect(p, hk, key_begin) : p;
+
+  kernels.bwd_begin(p, b, hk, key_begin, scratch);
+  for (int64_t row = 0, block = 0; row < p.rows(); row += plan.bwd_row_block, ++block) {
+    const int64_t row_end = std::min(row + plan.bwd_row_block, p.rows());
+    if (p.visible_end((row_end - 1) / p.groups()) <= key_begin) continue;
+    if (p.visible_begin(row / p.groups()) >= key_end) break;
+    if (dq_before) wait_for(*dq_before, block + 1);
+    if (bias_before && !aside) wait_for(*bias_before, block + 1);
+    kernels.bwd_rows(mine, b, hk, key_begin, row, row_end, scratch);
+    progress->store(block + 1, std::memory_order_release);
+  }
+  kernels.bwd_end(p, b, hk, key_begin, scratch);
+  if (bias_before) wait_for(*bias_before, kDone);
+  if (aside) bias.add_to(p, b, hk, key_begin, key_end - key_begin);
+  progress->store(kDone, std::memory_order_release);
+}
+
+}  // namespace
+
+void attention_bwd_cpu(const AttentionParams& p, int threads) {
+  if (p.batch == 0 || p.nheads == 0) return;
+  const AttentionKernels& kernels = cpu_kernels().attention[static_cast<int>(p.type)];
+  const AttentionPlan plan = kernels.plan(p);
+  threads = attention_threads(p, threads);
+  const int64_t heads = p.batch * p.nheads_k;
+  const int64_t key_blocks = (p.seqlen_k + plan.bwd_key_block - 1) / plan.bwd_key_block;
+
+  for_each(threads, p.batch * p.nheads,
+           [&](int64_t t) { kernels.bwd_delta(p, t / p.nheads, t % p.nheads); });
+
+  // Heads change fastest, so that the task before in the same head is long past; it must be handed
+  // out earlier in any case, or waiting could not end.
+  std::unique_ptr<Counter[]> progress(new Counter[key_blocks * heads]());
+  for_each(threads, key_blocks * heads, [&](int64_t t) {
+    const int64_t b = t % heads / p.nheads_k, hk = t % heads % p.nheads_k;
+    float* scratch = scratch_buffer().floats(plan.bwd_scratch + p.groups() * plan.bwd_key_block);
+    bwd_keys(p, kernels, plan, b, hk, t / heads * plan.bwd_key_block,
+             t >= heads ? &progress[t - heads] : nullptr,
+             task_before_in_bias(p, t, b, hk, progress.get()), &progress[t], scratch);
+  });
+
+  if (p.dsinks) {
+    for_each(threads, p.nheads, [&](int64_t h) { kernels.bwd_sinks(p, h); });
+  }
+  if (p.dq_sum.data != p.dq.data) {
+    for_each(threads, p.batch * p.seqlen_q,
+             [&](int64_t t) { kernels.bwd_store_dq(p, t / p.seqlen_q, t % p.seqlen_q); });
+  }
+}
+
+}  // namespace fastattn
