@@ -1,4 +1,4 @@
-// Random words by position (Philox4x32-10); what and why: fastattn/ops/_dropout.py.
+// Random words by position (Philox4x32-10); what and why: fastattn/dropout.py.
 #pragma once
 
 #include "vec.h"

@@ -1,23 +1,22 @@
 """The compiled core, fastattn._C, and what to say where it is missing."""
 
+import importlib
 import os
-from types import ModuleType
+from typing import Any
 
 import torch
 
-core: ModuleType | None
-missing: str | None
+core: Any = None
+missing: str | None = None
 try:
     # Joins PyTorch's OpenMP pool, which importing torch has loaded.
-    from fastattn import _C as core
+    core = importlib.import_module("fastattn._C")
 except ImportError as error:
-    core = None
     missing = (
         f"the compiled core is missing ({error}); install a C++ compiler (g++ or clang++), then "
         "install fastattn again"
     )
 else:
-    missing = None
     if name := os.environ.get("FASTATTN_CPU_ISA"):
         core.set_isa(name)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn.cpu._core import TYPE_CODES, core, missing
-from fastattn.ops._dropout import threshold
+from fastattn.dropout import threshold
 
 _MAX_HEAD_DIM = 512
 
@@ -29,7 +29,7 @@ def attention_fwd(call: Any) -> tuple[Tensor, Tensor]:
     batch, seqlen_q, nheads, _ = q.shape
     out = torch.empty((batch, seqlen_q, nheads, v.shape[3]), dtype=q.dtype)
     lse = torch.empty((batch, nheads, seqlen_q), dtype=torch.float32)
-    core.attention_fwd(*_arguments(call, out, lse), torch.get_num_threads())  # type: ignore[union-attr]
+    core.attention_fwd(*_arguments(call, out, lse), torch.get_num_threads())
     return out, lse
 
 
@@ -56,9 +56,7 @@ def attention_bwd(
         delta.data_ptr(),
         _strided(dq_sum),
     )
-    core.attention_bwd(  # type: ignore[union-attr]
-        *_arguments(call, out, lse), gradients, torch.get_num_threads()
-    )
+    core.attention_bwd(*_arguments(call, out, lse), gradients, torch.get_num_threads())
     if need_dbias:
         dbias = dbias.to(bias.dtype)
     if sinks is not None:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn import dispatch
-from fastattn.ops import _dropout
+from fastattn import dispatch, dropout
+from fastattn.ops._checks import check_device, check_seed, check_tensor, check_type
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -92,8 +92,8 @@ def attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     call = check(
-        q, k, v, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
-        alibi_slopes=alibi_slopes, mask=mask, bias=bias, sinks=sinks, dropout_p=dropout_p, seed=seed,
+        q, k, v, causal, window_size, softmax_scale, softcap, alibi_slopes, mask, bias, sinks,
+        dropout_p, seed,
     )  # fmt: skip
     if backend == dispatch.REFERENCE:
         out, lse = attention_reference(call)
@@ -116,7 +116,6 @@ def check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softmax_scale: float | None = None,
@@ -132,16 +131,18 @@ def check(
     shape = _check_qkv(q, k, v)
     if mask is not None:
         if mask.dtype is not torch.bool:
-            raise TypeError(f"mask must be bool (True = attend), got {mask.dtype}; bias adds to scores")
+            raise TypeError(
+                f"mask must be bool (True = attend), got {mask.dtype}; bias adds to scores"
+            )
         mask = _check_scores("mask", mask, q, shape)
     if bias is not None:
-        _check_type("bias", bias, q)
+        check_type("bias", bias, q)
         bias = _check_scores("bias", bias, q, shape)
     if alibi_slopes is not None:
         alibi_slopes = _check_alibi(alibi_slopes, q, shape)
     if sinks is not None:
-        _check_type("sinks", sinks, q)
-        _check_device("sinks", sinks, q)
+        check_type("sinks", sinks, q)
+        check_device("sinks", sinks, q)
         if tuple(sinks.shape) != (shape[1],):
             raise ValueError(f"sinks must have shape [H] = [{shape[1]}], got {list(sinks.shape)}")
     if softmax_scale is None:
@@ -153,7 +154,7 @@ def check(
     left, right = _check_window(window_size, causal)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    checked_seed = _check_seed(seed) if dropout_p > 0.0 or seed is not None else None
+    checked_seed = check_seed(seed) if dropout_p > 0.0 or seed is not None else None
     return Call(
         q, k, v, mask, bias, alibi_slopes, sinks, checked_seed,
         softmax_scale, left, right, softcap, dropout_p,
@@ -161,59 +162,72 @@ def check(
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
-    """Returns (B, H, Sq, Sk)."""
+    """Returns (B, H, Sq, Sk). Good input passes one condition; the rest finds out what is wrong."""
+    is_tensor = isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
+    if is_tensor and q.ndim == k.ndim == v.ndim == 4:
+        batch, seqlen_q, nheads, head_dim = q.shape
+        batch_k, seqlen_k, nheads_k, head_dim_k = k.shape
+        batch_v, seqlen_v, nheads_v, head_dim_v = v.shape
+        if (
+            batch == batch_k == batch_v
+            and seqlen_k == seqlen_v
+            and nheads_k == nheads_v
+            and (nheads == nheads_k or (nheads_k and nheads % nheads_k == 0))
+            and head_dim == head_dim_k > 0
+            and head_dim_v > 0
+            and q.dtype is k.dtype is v.dtype
+            and q.dtype in _TYPES
+            and q.device == k.device == v.device
+            and (q.stride(3) == 1 or head_dim == 1)
+            and (k.stride(3) == 1 or head_dim == 1)
+            and (v.stride(3) == 1 or head_dim_v == 1)
+        ):
+            return batch, nheads, seqlen_q, seqlen_k
+    raise _qkv_error(q, k, v)
+
+
+def _qkv_error(q: Tensor, k: Tensor, v: Tensor) -> Exception:
     for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
         if x.ndim != 4:
-            heads = "H" if x is q else "Hk"
-            raise ValueError(
-                f"{name} must have 4 dimensions [B, S, {heads}, D], got shape {list(x.shape)}"
-            )
+            layout = "[B, Sq, H, D]" if name == "q" else "[B, Sk, Hk, D]"
+            return ValueError(f"{name} must have 4 dimensions {layout}, got shape {list(x.shape)}")
         if x.dtype is not q.dtype:
-            raise TypeError(f"q, k and v must share one type, got q {q.dtype} and {name} {x.dtype}")
-        _check_device(name, x, q)
+            return TypeError(
+                f"q, k and v must share one type, got q {q.dtype} and {name} {x.dtype}"
+            )
+        if x.device != q.device:
+            return ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+        if x.stride(3) != 1 and x.shape[3] > 1:
+            return ValueError(
+                f"the last stride of {name} must be 1, got strides {list(x.stride())}; "
+                f"{name}.contiguous() makes it so"
+            )
     if q.dtype not in _TYPES:
-        raise TypeError(f"q must be float32, bfloat16, float16 or float64, got {q.dtype}")
-    batch, seqlen_q, nheads, head_dim = q.shape
-    batch_k, seqlen_k, nheads_k, head_dim_k = k.shape
-    batch_v, seqlen_v, nheads_v, head_dim_v = v.shape
-    if not batch == batch_k == batch_v:
-        raise ValueError(f"q, k and v must share the batch size, got {batch}, {batch_k} and {batch_v}")
-    if head_dim != head_dim_k:
-        raise ValueError(f"q and k must share the head dim D, got {head_dim} and {head_dim_k}")
-    if head_dim == 0 or head_dim_v == 0:
-        raise ValueError(f"head dims must be at least 1, got D {head_dim} and Dv {head_dim_v}")
-    if seqlen_k != seqlen_v:
-        raise ValueError(f"k and v must share the length Sk, got {seqlen_k} and {seqlen_v}")
-    if nheads_k != nheads_v:
-        raise ValueError(f"k and v must share the number of heads Hk, got {nheads_k} and {nheads_v}")
-    if nheads != nheads_k and (nheads_k == 0 or nheads % nheads_k != 0):
-        raise ValueError(f"H must be a multiple of Hk, got H {nheads} (q) and Hk {nheads_k} (k, v)")
-    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if x.stride(3) != 1 and x.shape[3] > 1:
-                raise ValueError(
-                    f"the last stride of {name} must be 1, got strides {list(x.stride())}; "
-                    f"{name}.contiguous() makes it so"
-                )
-    return batch, nheads, seqlen_q, seqlen_k
-
-
-def _check_device(name: str, x: Tensor, q: Tensor) -> None:
-    if x.device != q.device:
-        raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-
-
-def _check_type(name: str, x: Tensor, q: Tensor) -> None:
-    if x.dtype is not q.dtype and x.dtype is not torch.float32:
-        raise TypeError(f"{name} must be in q's type {q.dtype} or float32, got {x.dtype}")
+        return TypeError(f"q must be float32, bfloat16, float16 or float64, got {q.dtype}")
+    batches, lengths, heads, dims = zip(q.shape, k.shape, v.shape, strict=True)
+    if len(set(batches)) > 1:
+        return ValueError(f"q, k and v must share the batch size B, got {batches}")
+    if dims[0] != dims[1]:
+        return ValueError(f"q and k must share the head dim D, got {dims[0]} and {dims[1]}")
+    if 0 in dims:
+        return ValueError(f"head dims must be at least 1, got D {dims[0]} and Dv {dims[2]}")
+    if lengths[1] != lengths[2]:
+        return ValueError(f"k and v must share the length Sk, got {lengths[1]} and {lengths[2]}")
+    if heads[1] != heads[2]:
+        return ValueError(
+            f"k and v must share the number of heads Hk, got {heads[1]} and {heads[2]}"
+        )
+    return ValueError(f"H must be a multiple of Hk, got H {heads[0]} (q) and Hk {heads[1]} (k, v)")
 
 
 def _check_scores(name: str, x: Tensor, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """A tensor that broadcasts to the scores, in rank 4."""
-    _check_device(name, x, q)
+    check_device(name, x, q)
     batch, nheads, seqlen_q, seqlen_k = shape
     if x.ndim > 4 or any(
-        have not in (1, want) for have, want in zip(reversed(x.shape), reversed(shape), strict=False)
+        have not in (1, want)
+        for have, want in zip(reversed(x.shape), reversed(shape), strict=False)
     ):
         raise ValueError(
             f"{name} must broadcast to [B, H, Sq, Sk] = "
@@ -232,7 +246,7 @@ def _check_alibi(slopes: Tensor, q: Tensor, shape: tuple[int, int, int, int]) ->
     batch, nheads = shape[:2]
     if slopes.dtype is not torch.float32:
         raise TypeError(f"alibi_slopes must be float32, got {slopes.dtype}")
-    _check_device("alibi_slopes", slopes, q)
+    check_device("alibi_slopes", slopes, q)
     if tuple(slopes.shape) not in ((nheads,), (batch, nheads)):
         raise ValueError(
             f"alibi_slopes must have shape [H] = [{nheads}] or [B, H] = [{batch}, {nheads}], "
@@ -246,20 +260,10 @@ def _check_alibi(slopes: Tensor, q: Tensor, shape: tuple[int, int, int, int]) ->
 def _check_window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
     left, right = window_size
     if left < -1 or right < -1 or left != int(left) or right != int(right):
-        raise ValueError(f"window_size must be two integers >= -1 (-1 = unbounded), got {window_size}")
+        raise ValueError(
+            f"window_size must be two integers >= -1 (-1 = unbounded), got {window_size}"
+        )
     return left, (0 if causal else right)
-
-
-def _check_seed(seed: int | Tensor | None) -> Tensor:
-    if seed is None:
-        return _dropout.draw_seed()
-    if isinstance(seed, Tensor):
-        if seed.dtype is not torch.int64 or seed.ndim != 0:
-            raise TypeError(f"seed must be an int64 tensor of shape [], got {seed.dtype} {list(seed.shape)}")
-        return seed
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be in [0, 2**63), got {seed}")
-    return torch.tensor(seed, dtype=torch.int64)
 
 
 def attention_reference(call: Call) -> tuple[Tensor, Tensor]:
@@ -306,7 +310,7 @@ def attention_reference(call: Call) -> tuple[Tensor, Tensor]:
         lse = lse.masked_fill(sees_nothing[..., 0], -math.inf)
     if call.dropout_p > 0.0:
         assert call.seed is not None
-        keep = _dropout.keep_mask(
+        keep = dropout.keep_mask(
             call.seed.to(q.device), call.dropout_p, batch * nheads, seqlen_q, seqlen_k
         ).view(batch, nheads, seqlen_q, seqlen_k)
         weights = weights * keep / (1.0 - call.dropout_p)
@@ -344,10 +348,14 @@ def _bwd(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tu
     return module.attention_bwd(dout, dlse, out, lse, call, need_dbias)  # type: ignore[no-any-return]
 
 
-def _bwd_fake(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _bwd_fake(
+    dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     call, need_dbias = Call(*args[:-2]), args[-2]
     dbias = call.bias.new_empty(call.bias.shape) if need_dbias else call.q.new_empty((0,))
-    dsinks = call.sinks.new_empty(call.sinks.shape) if call.sinks is not None else call.q.new_empty((0,))
+    dsinks = (
+        call.sinks.new_empty(call.sinks.shape) if call.sinks is not None else call.q.new_empty((0,))
+    )
     dq, dk, dv = (x.new_empty(x.shape) for x in call[:3])
     return dq, dk, dv, dbias, dsinks
 

