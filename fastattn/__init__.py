@@ -1,8 +1,11 @@
 """fastattn: fused attention kernels under one API. Importing it patches nothing."""
 
 from fastattn.dispatch import explain
+from fastattn.integrations.override import sdpa_override
+from fastattn.integrations.patch import accelerate
+from fastattn.integrations.sdpa import scaled_dot_product_attention
 from fastattn.ops.attention import attention
 
-__all__ = ["attention", "explain"]
+__all__ = ["accelerate", "attention", "explain", "scaled_dot_product_attention", "sdpa_override"]
 
 __version__ = "0.1.0"

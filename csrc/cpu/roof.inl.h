@@ -25,8 +25,6 @@ double peak_of(double seconds) {
     for (int r = 0; r < kRepeats; ++r) {
 #pragma GCC unroll 32
       for (int i = 0; i < kChains; ++i) sums[i] = Math::mul_add(a, b, sums[i]);
-#pragma GCC unroll 32
-      for (int i = 0; i < kChains; ++i) asm volatile("" : "+x"(sums[i]));
     }
     const std::chrono::duration<double> took = Clock::now() - begin;
     const double rate = 2.0 * kRepeats * kChains * kWidth * Math::kStep / took.count() * 1e-9;
