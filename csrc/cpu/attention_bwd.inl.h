@@ -5,9 +5,8 @@
 //     dS = P (dP - delta)           bias gradient; then times softcap's slope and the scale
 //     dQ += dS K                    into memory, blocks of keys in their order
 //     dV += P^T dO, dK += dS^T Q    kept in L2 until the block of keys is done
-// Five products, nothing computed twice. Q and dO are packed anew for each block of keys: with N
-// keys to a block that is about 4 passes over them against 5 N / 32 cycles of FMA an element, 2 to
-// 5 %.
+// Five products, nothing computed twice. Q and dO are copied anew for each block of keys, two loads
+// and two stores an element (four for pairs) against 5 N / 32 cycles of FMA with N keys to a block.
 //
 // Deterministic: dQ rows take the blocks of keys in order (cpu/attention.cpp makes them wait), dK
 // and dV take the rows in order.
@@ -17,6 +16,9 @@
 #include "attention_fwd.inl.h"
 
 namespace fastattn::FASTATTN_ISA {
+
+// The most rows of a block.
+constexpr int64_t kBwdTileRows = 112;
 
 template <class T>
 struct BwdSizes {
@@ -31,25 +33,24 @@ struct BwdSizes {
     const int64_t dims = p.head_dim + p.head_dim_v;
     // 224 = 16 tiles of 14; the rest of the table keeps all operands of a block within 1 MB of L2.
     key_block = dims <= 128 ? 224 : dims <= 256 ? 128 : dims <= 512 ? 64 : 32;
-    tiles = (dims <= 256 ? 112 : 56) / kMaxTileRows;
+    tiles = (dims <= 256 ? kBwdTileRows : kBwdTileRows / 2) / kMaxTileRows;
     row_block = tiles * kMaxTileRows;
   }
   int64_t row_steps() const { return ceil_div(row_block, Math::kStep); }
   int64_t key_steps() const { return key_block / Math::kStep; }
   int64_t total() const {
     return key_block * (d_steps + dv_steps + d_columns + dv_columns) + key_steps() * d_columns +
-           row_block * (d_steps + dv_steps) + row_steps() * (d_columns + dv_columns) +
-           2 * (row_block + kMaxTileRows) * kScoreStride +
-           kMaxTileRows * (3 * kScoreStride + d_columns);
+           (Math::kStep == 2 ? row_steps() * (d_columns + dv_columns) : 0) +
+           4 * row_block * kTileStride + kMaxTileRows * (3 * kTileStride + d_columns);
   }
 };
 
 // One call's share of a thread's scratch.
 template <class T>
 struct BwdScratch {
-  float *k_t, *v_t, *k_rows, *dk, *dv;                       // one block of keys
-  float *q_t, *do_t, *q_rows, *do_rows, *weights, *dscores;  // one block of rows
-  float *s_tile, *dp_tile, *slope, *dq_tile;                 // one tile
+  float *k_t, *v_t, *k_rows, *dk, *dv;                         // one block of keys
+  float *q, *dout, *weights, *dscores, *q_pairs, *dout_pairs;  // one block of rows
+  float *s_tile, *dp_tile, *slope, *dq_tile;                   // one tile
   BwdScratch(const BwdSizes<T>& size, float* p) {
     const auto take = [&](int64_t n) {
       float* at = p;
@@ -61,15 +62,16 @@ struct BwdScratch {
     k_t = take(size.key_block * size.d_steps);
     v_t = take(size.key_block * size.dv_steps);
     k_rows = take(size.key_steps() * size.d_columns);
-    q_t = take(size.row_block * size.d_steps);
-    do_t = take(size.row_block * size.dv_steps);
-    q_rows = take(size.row_steps() * size.d_columns);
-    do_rows = take(size.row_steps() * size.dv_columns);
-    weights = take((size.row_block + kMaxTileRows) * kScoreStride);
-    dscores = take((size.row_block + kMaxTileRows) * kScoreStride);
-    s_tile = take(kMaxTileRows * kScoreStride);
-    dp_tile = take(kMaxTileRows * kScoreStride);
-    slope = take(kMaxTileRows * kScoreStride);
+    q = take(size.row_block * kTileStride);
+    dout = take(size.row_block * kTileStride);
+    weights = take(size.row_block * kTileStride);
+    dscores = take(size.row_block * kTileStride);
+    constexpr bool kPairs = BwdSizes<T>::Math::kStep == 2;
+    q_pairs = kPairs ? take(size.row_steps() * size.d_columns) : nullptr;
+    dout_pairs = kPairs ? take(size.row_steps() * size.dv_columns) : nullptr;
+    s_tile = take(kMaxTileRows * kTileStride);
+    dp_tile = take(kMaxTileRows * kTileStride);
+    slope = take(kMaxTileRows * kTileStride);
     dq_tile = take(kMaxTileRows * size.d_columns);
   }
 };
@@ -118,10 +120,10 @@ void attention_bwd_begin(const AttentionParams& p, int64_t b, int64_t hk, int64_
   const T* v = static_cast<const T*>(p.v.data) + b * p.v.stride[0] + key_begin * p.v.stride[1] +
                hk * p.v.stride[2];
   for (int64_t c = 0; c < size.key_block; c += kPanel) {
-    pack_transposed<Math, kPanel>([&](int64_t i) { return k + (c + i) * p.k.stride[1]; }, n - c,
-                                  p.head_dim, local.k_t + c * size.d_steps);
-    pack_transposed<Math, kPanel>([&](int64_t i) { return v + (c + i) * p.v.stride[1]; }, n - c,
-                                  p.head_dim_v, local.v_t + c * size.dv_steps);
+    pack_transposed<Math>([&](int64_t i) { return k + (c + i) * p.k.stride[1]; }, n - c, p.head_dim,
+                          local.k_t + c * size.d_steps);
+    pack_transposed<Math>([&](int64_t i) { return v + (c + i) * p.v.stride[1]; }, n - c,
+                          p.head_dim_v, local.v_t + c * size.dv_steps);
   }
   pack_rows<Math>([&](int64_t i) { return k + i * p.k.stride[1]; }, n, p.head_dim, size.key_steps(),
                   local.k_rows);
@@ -129,141 +131,172 @@ void attention_bwd_begin(const AttentionParams& p, int64_t b, int64_t hk, int64_
   std::memset(local.dv, 0, static_cast<size_t>(size.key_block * size.dv_columns) * 4);
 }
 
-// S and dP of one row, in place, become P and dS.
-inline void differentiate_row(const HeadRows& rows, int64_t row, int64_t key, Columns columns,
-                              float factor, float* s, float* dp, const float* slope) {
-  const AttentionParams& p = rows.p;
-  const int64_t flat = rows.flat(row);
-  const float lse = p.lse[flat] == -kInfinity ? kInfinity : p.lse[flat] * kLog2E;
-  const Vec shift = broadcast(-lse), scale = broadcast(factor), delta = broadcast(p.delta[flat]);
-  alignas(64) float kept[kScoreStride];
-  if (p.dropout_threshold) {
-    for (int64_t c = columns.begin; c < columns.end; ++c) kept[c] = 1.0f;
-    drop_row(rows, row, key, columns, kept);
-  }
-  float* dbias = static_cast<float*>(p.dbias.data);
-  if (dbias) {
-    dbias += rows.b * p.dbias.stride[0] + rows.head(row) * p.dbias.stride[1] +
-             rows.query(row) * p.dbias.stride[2];
-  }
-  for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
-    Vec weight = exp2<5>(fma(load(s + c), scale, shift));
-    Vec dweight = load(dp + c);
-    if (p.dropout_threshold) dweight = dweight * load(kept + c);
-    Vec ds = weight * (dweight - delta);
-    if (p.dropout_threshold) weight = weight * load(kept + c);
-    store(s + c, weight);
-    const int64_t n = smaller(p.seqlen_k - key - c, kWidth);
-    if (dbias && n > 0) {
-      float* to = dbias + (key + c) * p.dbias.stride[3];
-      const int lanes = static_cast<int>(n);
-      if (p.dbias.stride[3]) {
-        store(to, load(to, lanes) + ds, lanes);
-      } else {
-        *to += sum(ds);
-      }
+// What turns one row's S and dP into P and dS, kWidth columns at a time.
+class RowGradient {
+ public:
+  RowGradient(const HeadRows& rows, int64_t row, int64_t key, Columns columns, float factor)
+      : p_(rows.p), key_(key), scale_(broadcast(factor)) {
+    const int64_t flat = rows.flat(row);
+    const float lse = p_.lse[flat];
+    shift_ = broadcast(lse == -kInfinity ? -kInfinity : -lse * kLog2E);
+    delta_ = broadcast(p_.delta[flat]);
+    if (p_.dropout_threshold) {
+      for (int64_t c = columns.begin; c < columns.end; ++c) kept_[c] = 1.0f;
+      drop_row(rows, row, key, columns, kept_);
     }
-    if (slope) ds = ds * load(slope + c);
-    store(dp + c, ds * broadcast(p.softmax_scale));
+    dbias_ = static_cast<float*>(p_.dbias.data);
+    if (dbias_) {
+      dbias_ += rows.b * p_.dbias.stride[0] + rows.head(row) * p_.dbias.stride[1] +
+                rows.query(row) * p_.dbias.stride[2];
+    }
   }
-}
+
+  template <int kDegree>
+  void step(int64_t c, const float* s, const float* dp, const float* slope, Vec* weight, Vec* ds) {
+    Vec w = exp2<kDegree>(fma(load(s + c), scale_, shift_));
+    Vec dw = load(dp + c);
+    if (p_.dropout_threshold) {
+      const Vec kept = load(kept_ + c);
+      *ds = w * (dw * kept - delta_);
+      w = w * kept;
+    } else {
+      *ds = w * (dw - delta_);
+    }
+    *weight = w;
+    if (dbias_) add_bias(c, *ds);
+    if (slope) *ds = *ds * load(slope + c);
+    *ds = *ds * broadcast(p_.softmax_scale);
+  }
+
+ private:
+  void add_bias(int64_t c, Vec ds) {
+    const int n = static_cast<int>(smaller(p_.seqlen_k - key_ - c, kWidth));
+    if (n <= 0) return;
+    float* to = dbias_ + (key_ + c) * p_.dbias.stride[3];
+    if (p_.dbias.stride[3]) {
+      store(to, load(to, n) + ds, n);
+    } else {
+      *to += sum(ds);
+    }
+  }
+
+  const AttentionParams& p_;
+  int64_t key_;
+  float* dbias_;
+  Vec scale_, shift_, delta_;
+  alignas(64) float kept_[kMaxKeyBlock];
+};
 
 inline void clear_outside(float* row, Columns columns, int64_t n) {
   for (int64_t c = 0; c < columns.begin; c += kWidth) store(row + c, zero());
   for (int64_t c = columns.end; c < n; c += kWidth) store(row + c, zero());
 }
 
-// One tile: fills its rows of weights and dscores over the whole block of keys, and adds to dQ.
-template <class T>
-void bwd_tile(const HeadRows& rows, const BwdSizes<T>& size, const BwdScratch<T>& local,
-              int64_t row_begin, int64_t t, int64_t m, int64_t key, Columns columns) {
-  using Math = typename MathOf<T>::type;
-  constexpr bool kPairs = Math::kStep == 2;
-  const AttentionParams& p = rows.p;
-  const int64_t n = columns.end - columns.begin, row = row_begin + t;
-  // Floats are worked on where they stay; pairs are made from a tile of floats.
-  float* s = kPairs ? local.s_tile : local.weights + t * kScoreStride;
-  float* dp = kPairs ? local.dp_tile : local.dscores + t * kScoreStride;
-  float* slope = p.softcap > 0.0f ? local.slope : nullptr;
+// The tile of a block that is being worked on.
+struct BwdTile {
+  int64_t row, t, m;  // its first row, the same within the block, its height
+  int64_t key;        // first key of the block
+  Columns columns;
+  float *s, *dp;  // its products, [m, kTileStride]
+};
 
-  if (!columns.empty()) {
-    gemm_rows<Math, 1>(m, n, size.d_steps, local.q_t + t * size.d_steps, kMaxTileRows,
-                       local.k_t + columns.begin * size.d_steps, kPanel * size.d_steps,
-                       s + columns.begin, kScoreStride, false);
-    gemm_rows<Math, 1>(m, n, size.dv_steps, local.do_t + t * size.dv_steps, kMaxTileRows,
-                       local.v_t + columns.begin * size.dv_steps, kPanel * size.dv_steps,
-                       dp + columns.begin, kScoreStride, false);
-    const float factor = finish_scores<T>(rows, row, m, key, columns, s, slope);
-    for (int64_t i = 0; i < m; ++i) {
-      differentiate_row(rows, row + i, key, columns, factor, s + i * kScoreStride,
-                        dp + i * kScoreStride, slope ? slope + i * kScoreStride : nullptr);
-    }
-  }
-  for (int64_t i = 0; i < m; i += Math::kStep) {
-    float* weights = local.weights + (t + i) / Math::kStep * kScoreStride;
-    float* dscores = local.dscores + (t + i) / Math::kStep * kScoreStride;
-    clear_outside(weights, columns, size.key_block);
-    clear_outside(dscores, columns, size.key_block);
-    if constexpr (kPairs) {
-      const float *s0 = s + i * kScoreStride, *s1 = s0 + kScoreStride;
-      float *d0 = dp + i * kScoreStride, *d1 = d0 + kScoreStride;
-      const bool alone = i + 1 == m;
-      for (int64_t c = columns.begin; c < columns.end; c += kPanel) {
-        for (int64_t half = c; half < c + kPanel; half += kWidth) {
-          store(weights + half, Math::zip_rows(load(s0 + half), alone ? zero() : load(s1 + half)));
-          store(dscores + half, Math::zip_rows(load(d0 + half), alone ? zero() : load(d1 + half)));
+// P and dS from S and dP: where they stay, in floats; or as pairs, of rows for the products along
+// rows, and for dS of neighbours too, for the product along keys.
+template <class T>
+void differentiate(const HeadRows& rows, const BwdSizes<T>& size, const BwdScratch<T>& local,
+                   const BwdTile& tile, float factor, const float* slope) {
+  using Math = typename MathOf<T>::type;
+  constexpr int kRows = Math::kStep;
+  for (int64_t i = 0; i < tile.m; i += kRows) {
+    float* weights = local.weights + (tile.t + i) / kRows * kTileStride;
+    float* dscores = local.dscores + (tile.t + i) / kRows * kTileStride;
+    clear_outside(weights, tile.columns, size.key_block);
+    clear_outside(dscores, tile.columns, size.key_block);
+    if (tile.columns.empty()) continue;
+    // An odd last row has no partner; its pairs are filled with 0.
+    const bool alone = i + kRows > tile.m;
+    RowGradient low(rows, tile.row + i, tile.key, tile.columns, factor);
+    RowGradient high(rows, tile.row + i + (alone ? 0 : kRows - 1), tile.key, tile.columns, factor);
+    float *s = tile.s + i * kTileStride, *dp = tile.dp + i * kTileStride;
+    const float* bend = slope ? slope + i * kTileStride : nullptr;
+    for (int64_t c = tile.columns.begin; c < tile.columns.end; c += kPanel) {
+      Vec w[2][2], ds[2][2];
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = c + half * kWidth;
+        low.template step<Math::kExpDegree>(at, s, dp, bend, &w[0][half], &ds[0][half]);
+        if constexpr (kRows == 2) {
+          w[1][half] = ds[1][half] = zero();
+          if (!alone) {
+            high.template step<Math::kExpDegree>(at, s + kTileStride, dp + kTileStride,
+                                                 bend ? bend + kTileStride : nullptr, &w[1][half],
+                                                 &ds[1][half]);
+          }
+          store(weights + at, Math::zip_rows(w[0][half], w[1][half]));
+          store(dscores + at, Math::zip_rows(ds[0][half], ds[1][half]));
+        } else {
+          store(weights + at, w[0][half]);
         }
-        Math::store_row(d0, c, load(d0 + c), load(d0 + c + kWidth));
-        if (!alone) Math::store_row(d1, c, load(d1 + c), load(d1 + c + kWidth));
       }
-    }
-  }
-  if (columns.empty()) return;
-  gemm_rows<Math, kScoreStride>(m, p.head_dim, n / Math::kStep, dp + columns.begin / Math::kStep, 1,
-                                local.k_rows + columns.begin / Math::kStep * kPanel,
-                                size.key_steps() * kPanel, local.dq_tile, size.d_columns, false);
-  for (int64_t i = 0; i < m; ++i) {
-    float* dq = rows.at<float>(p.dq_sum, row + i);
-    for (int64_t c = 0; c < p.head_dim; c += kWidth) {
-      const int lanes = static_cast<int>(smaller(p.head_dim - c, kWidth));
-      store(dq + c, load(dq + c, lanes) + load(local.dq_tile + i * size.d_columns + c, lanes),
-            lanes);
+      Math::store_row(dp, c, ds[0][0], ds[0][1]);
+      if (kRows == 2 && !alone) Math::store_row(dp + kTileStride, c, ds[1][0], ds[1][1]);
     }
   }
 }
 
+// One tile: fills its rows of weights and dscores over the whole block of keys, and adds to dQ.
 template <class T>
-void attention_bwd_rows(const AttentionParams& p, int64_t b, int64_t hk, int64_t key_begin,
-                        int64_t row_begin, int64_t row_end, float* scratch) {
+void bwd_tile(const HeadRows& rows, const BwdSizes<T>& size, const BwdScratch<T>& local,
+              const BwdTile& tile) {
   using Math = typename MathOf<T>::type;
-  const BwdSizes<T> size(p);
-  const BwdScratch<T> local(size, scratch);
-  const HeadRows rows{p, b, hk};
-  const int64_t n = row_end - row_begin, key_end = smaller(key_begin + size.key_block, p.seqlen_k);
-  constexpr int64_t kTiles = 112 / kMaxTileRows;
-  Columns columns[kTiles];
-
-  for (int64_t t = 0; t < n; t += kMaxTileRows) {
-    const int64_t m = smaller(kMaxTileRows, n - t);
-    const auto q = [&](int64_t i) { return rows.at<const T>(p.q, row_begin + t + i); };
-    const auto dout = [&](int64_t i) { return rows.at<const T>(p.dout, row_begin + t + i); };
-    pack_transposed<Math, kMaxTileRows>(q, m, p.head_dim, local.q_t + t * size.d_steps);
-    pack_transposed<Math, kMaxTileRows>(dout, m, p.head_dim_v, local.do_t + t * size.dv_steps);
-    Columns& seen = columns[t / kMaxTileRows];
-    seen = visible_columns(p, rows, row_begin + t, row_begin + t + m, key_begin, key_end);
-    if (seen.empty()) seen = {0, 0};
-    bwd_tile<T>(rows, size, local, row_begin, t, m, key_begin, seen);
+  const AttentionParams& p = rows.p;
+  const Columns columns = tile.columns;
+  const int64_t n = columns.end - columns.begin, m = tile.m;
+  float* slope = p.softcap > 0.0f ? local.slope : nullptr;
+  float factor = 1.0f;
+  if (!columns.empty()) {
+    // dQ's lines come from far; they arrive while the products are made.
+    for (int64_t i = 0; i < m; ++i) {
+      const float* dq = rows.at<float>(p.dq_sum, tile.row + i);
+      for (int64_t c = 0; c < p.head_dim; c += 16) __builtin_prefetch(dq + c, 1);
+    }
+    const Panels k_t = {local.k_t + columns.begin * size.d_steps, kPanel, kPanel * size.d_steps};
+    const Panels v_t = {local.v_t + columns.begin * size.dv_steps, kPanel, kPanel * size.dv_steps};
+    gemm_rows<Math, kTileStride>(m, n, size.d_steps, local.q + tile.t * kTileStride, 1, k_t,
+                                 tile.s + columns.begin, kTileStride, false);
+    gemm_rows<Math, kTileStride>(m, n, size.dv_steps, local.dout + tile.t * kTileStride, 1, v_t,
+                                 tile.dp + columns.begin, kTileStride, false);
+    factor = finish_scores<T>(rows, tile.row, m, tile.key, columns, tile.s, slope);
   }
-  const auto q = [&](int64_t i) { return rows.at<const T>(p.q, row_begin + i); };
-  const auto dout = [&](int64_t i) { return rows.at<const T>(p.dout, row_begin + i); };
-  pack_rows<Math>(q, n, p.head_dim, size.row_steps(), local.q_rows);
-  pack_rows<Math>(dout, n, p.head_dim_v, size.row_steps(), local.do_rows);
+  differentiate<T>(rows, size, local, tile, factor, slope);
+  if (columns.empty()) return;
+  const Panels k_rows = {local.k_rows + columns.begin / Math::kStep * kPanel, kPanel,
+                         size.key_steps() * kPanel};
+  gemm_rows<Math, kTileStride>(m, p.head_dim, n / Math::kStep,
+                               tile.dp + columns.begin / Math::kStep, 1, k_rows, local.dq_tile,
+                               size.d_columns, false);
+  for (int64_t i = 0; i < m; ++i) {
+    float* dq = rows.at<float>(p.dq_sum, tile.row + i);
+    const float* add = local.dq_tile + i * size.d_columns;
+    for (int64_t c = 0; c < p.head_dim; c += kWidth) {
+      const int lanes = static_cast<int>(smaller(p.head_dim - c, kWidth));
+      store(dq + c, load(dq + c, lanes) + load(add + c, lanes), lanes);
+    }
+  }
+}
 
-  const int64_t keys = key_end - key_begin, tiles = ceil_div(n, kMaxTileRows);
+// dV += P^T dO and dK += dS^T Q for the keys [0, keys) of a block, each from the tiles that see it.
+template <class T>
+void add_key_gradients(const AttentionParams& p, const BwdSizes<T>& size,
+                       const BwdScratch<T>& local, const Columns* columns, int64_t n,
+                       int64_t keys) {
+  using Math = typename MathOf<T>::type;
+  constexpr bool kPairs = Math::kStep == 2;
+  const int64_t tiles = ceil_div(n, kMaxTileRows);
   const int64_t height = ceil_div(keys, ceil_div(keys, kMaxTileRows));
+  const int64_t step = kPairs ? kPanel : kTileStride;
+  const int64_t panel = kPairs ? size.row_steps() * kPanel : kPanel;
   for (int64_t key = 0; key < keys; key += height) {
     const int64_t m = smaller(height, keys - key);
-    // Only the rows that see one of these keys.
     int64_t first = 0, last = tiles;
     while (first < last && columns[first].end <= key) ++first;
     while (last > first && (columns[last - 1].empty() || columns[last - 1].begin >= key + m))
@@ -271,13 +304,44 @@ void attention_bwd_rows(const AttentionParams& p, int64_t b, int64_t hk, int64_t
     if (first == last) continue;
     const int64_t from = first * kMaxTileRows / Math::kStep;
     const int64_t steps = ceil_div(smaller(last * kMaxTileRows, n), Math::kStep) - from;
-    gemm_rows<Math, 1>(m, p.head_dim_v, steps, local.weights + from * kScoreStride + key,
-                       kScoreStride, local.do_rows + from * kPanel, size.row_steps() * kPanel,
-                       local.dv + key * size.dv_columns, size.dv_columns, true);
-    gemm_rows<Math, 1>(m, p.head_dim, steps, local.dscores + from * kScoreStride + key,
-                       kScoreStride, local.q_rows + from * kPanel, size.row_steps() * kPanel,
-                       local.dk + key * size.d_columns, size.d_columns, true);
+    const Panels dout = {(kPairs ? local.dout_pairs : local.dout) + from * step, step, panel};
+    const Panels q = {(kPairs ? local.q_pairs : local.q) + from * step, step, panel};
+    gemm_rows<Math, 1>(m, p.head_dim_v, steps, local.weights + from * kTileStride + key,
+                       kTileStride, dout, local.dv + key * size.dv_columns, size.dv_columns, true);
+    gemm_rows<Math, 1>(m, p.head_dim, steps, local.dscores + from * kTileStride + key, kTileStride,
+                       q, local.dk + key * size.d_columns, size.d_columns, true);
   }
+}
+
+template <class T>
+void attention_bwd_rows(const AttentionParams& p, int64_t b, int64_t hk, int64_t key_begin,
+                        int64_t row_begin, int64_t row_end, float* scratch) {
+  using Math = typename MathOf<T>::type;
+  constexpr bool kPairs = Math::kStep == 2;
+  const BwdSizes<T> size(p);
+  const BwdScratch<T> local(size, scratch);
+  const HeadRows rows{p, b, hk};
+  const int64_t n = row_end - row_begin, key_end = smaller(key_begin + size.key_block, p.seqlen_k);
+  const auto q = [&](int64_t i) { return rows.at<const T>(p.q, row_begin + i); };
+  const auto dout = [&](int64_t i) { return rows.at<const T>(p.dout, row_begin + i); };
+  copy_rows<Math>(q, n, p.head_dim, local.q);
+  copy_rows<Math>(dout, n, p.head_dim_v, local.dout);
+  if constexpr (kPairs) {
+    pack_rows<Math>(q, n, p.head_dim, size.row_steps(), local.q_pairs);
+    pack_rows<Math>(dout, n, p.head_dim_v, size.row_steps(), local.dout_pairs);
+  }
+  Columns columns[kBwdTileRows / kMaxTileRows];
+  for (int64_t t = 0; t < n; t += kMaxTileRows) {
+    const int64_t row = row_begin + t, m = smaller(kMaxTileRows, n - t);
+    Columns& seen = columns[t / kMaxTileRows];
+    seen = visible_columns(p, rows, row, row + m, key_begin, key_end);
+    if (seen.empty()) seen = {0, 0};
+    // Floats are worked on where they stay; pairs are made from a tile of floats.
+    float* s = kPairs ? local.s_tile : local.weights + t * kTileStride;
+    float* dp = kPairs ? local.dp_tile : local.dscores + t * kTileStride;
+    bwd_tile<T>(rows, size, local, {row, t, m, key_begin, seen, s, dp});
+  }
+  add_key_gradients<T>(p, size, local, columns, n, key_end - key_begin);
 }
 
 template <class T>

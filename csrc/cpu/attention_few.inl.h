@@ -38,7 +38,7 @@ Vec dot_products(const T* q, const T* k, int64_t k_stride, int64_t n, int64_t he
   return sums[0];
 }
 
-// O [kRows, kVecs * kWidth] += P V over keys [begin, end); P stands at stride kScoreStride.
+// O [kRows, kVecs * kWidth] += P V over keys [begin, end); P stands at stride kTileStride.
 template <int kRows, int kVecs, class T>
 void weighted_sum(const float* weights, int64_t begin, int64_t end, const T* v, int64_t v_stride,
                   int columns, float* o, int64_t o_stride) {
@@ -56,7 +56,7 @@ void weighted_sum(const float* weights, int64_t begin, int64_t end, const T* v, 
                                   : (n > 0 ? load(row + j * kWidth, n) : zero());
     }
     for (int i = 0; i < kRows; ++i) {
-      const Vec w = broadcast(weights[i * kScoreStride + c]);
+      const Vec w = broadcast(weights[i * kTileStride + c]);
       for (int j = 0; j < kVecs; ++j) sums[i][j] = fma(w, x[j], sums[i][j]);
     }
   }
@@ -78,7 +78,7 @@ void add_weighted(int64_t m, const float* weights, Columns keys, const T* v, int
   for (int64_t c = 0; c < dv; c += kVecs * kWidth) {
     const int columns = static_cast<int>(smaller(dv - c, kVecs * kWidth));
     for (int64_t row = 0; row < m; row += kRows) {
-      sums[smaller(kRows, m - row) - 1](weights + row * kScoreStride, keys.begin, keys.end, v + c,
+      sums[smaller(kRows, m - row) - 1](weights + row * kTileStride, keys.begin, keys.end, v + c,
                                         v_stride, columns, state.out + row * state.stride + c,
                                         state.stride);
     }
@@ -93,7 +93,7 @@ void attention_fwd_few(const AttentionParams& p, const AttentionTask& task, floa
   float* s = scratch;
   RowState state;
   state.stride = round_up(p.head_dim_v, 4 * kWidth);
-  state.m = s + kFewRows * kScoreStride;
+  state.m = s + kFewRows * kTileStride;
   state.l = state.m + 16;
   state.out = state.l + kFewRows * kWidth;
   state.init(m);
@@ -114,7 +114,7 @@ void attention_fwd_few(const AttentionParams& p, const AttentionTask& task, floa
                              : dot_products<Math>(rows.at<const T>(p.q, task.row_begin + t),
                                                   k + (key + c) * p.k.stride[1], p.k.stride[1], n,
                                                   p.head_dim);
-        store(s + t * kScoreStride + c, x);
+        store(s + t * kTileStride + c, x);
       }
     }
     const float factor = finish_scores<T>(rows, task.row_begin, m, key, columns, s, nullptr);

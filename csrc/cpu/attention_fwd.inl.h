@@ -70,7 +70,7 @@ template <class Math>
 void softmax_tile(const HeadRows& rows, int64_t row_begin, int64_t first, int64_t m, int64_t key,
                   Columns columns, float factor, float* s, const RowState& state) {
   const bool drop = rows.p.dropout_threshold != 0;
-  for (int64_t t = 0; t < m; ++t, s += kScoreStride) {
+  for (int64_t t = 0; t < m; ++t, s += kTileStride) {
     const float top = raise_maximum(s, columns, factor, first + t, state);
     const Vec scale = broadcast(factor), shift = broadcast(-top);
     Vec sum0 = load(state.l + (first + t) * kWidth), sum1 = zero();
@@ -191,8 +191,8 @@ void attention_pack(const AttentionParams& p, int64_t b, int64_t hk, int64_t key
     const T* k = static_cast<const T*>(p.k.data) + b * p.k.stride[0] + key * p.k.stride[1] +
                  hk * p.k.stride[2];
     for (int64_t c = 0; c < n; c += kPanel) {
-      pack_transposed<Math, kPanel>([&](int64_t i) { return k + (c + i) * p.k.stride[1]; }, n - c,
-                                    p.head_dim, packed + c * size.d_steps);
+      pack_transposed<Math>([&](int64_t i) { return k + (c + i) * p.k.stride[1]; }, n - c,
+                            p.head_dim, packed + c * size.d_steps);
     }
     const T* v = static_cast<const T*>(p.v.data) + b * p.v.stride[0] + key * p.v.stride[1] +
                  hk * p.v.stride[2];
@@ -210,21 +210,17 @@ void attention_fwd(const AttentionParams& p, const AttentionTask& task, const fl
   const int64_t n_rows = task.row_end - task.row_begin;
   // Tiles of equal height: 16 rows are worth more as 8 + 8 than as 14 + 2.
   const int64_t height = ceil_div(n_rows, ceil_div(n_rows, kMaxTileRows));
-  const int64_t q_tile = size.d_steps * kMaxTileRows;
 
   float* s = scratch;
-  float* q_packed = s + kMaxTileRows * kScoreStride;
+  float* q = s + kMaxTileRows * kTileStride;
   RowState state;
   state.stride = size.v_columns;
-  state.m = q_packed + ceil_div(n_rows, height) * q_tile;
+  state.m = q + n_rows * kTileStride;
   state.l = state.m + round_up(n_rows, 16);
   state.out = state.l + n_rows * kWidth;
   state.init(n_rows);
-  for (int64_t t = 0; t < n_rows; t += height) {
-    pack_transposed<Math, kMaxTileRows>(
-        [&](int64_t i) { return rows.at<const T>(p.q, task.row_begin + t + i); },
-        smaller(height, n_rows - t), p.head_dim, q_packed + t / height * q_tile);
-  }
+  copy_rows<Math>([&](int64_t i) { return rows.at<const T>(p.q, task.row_begin + i); }, n_rows,
+                  p.head_dim, q);
 
   const int64_t begin = larger(task.key_begin, p.visible_begin(rows.query(task.row_begin)));
   const int64_t end = smaller(task.key_end, p.visible_end(rows.query(task.row_end - 1)));
@@ -237,15 +233,17 @@ void attention_fwd(const AttentionParams& p, const AttentionTask& task, const fl
       const Columns columns = visible_columns(p, rows, row, row + m, key, key_end);
       if (columns.empty()) continue;
       const int64_t n = columns.end - columns.begin;
-      gemm_rows<Math, 1>(m, n, size.d_steps, q_packed + t / height * q_tile, kMaxTileRows,
-                         k_packed + columns.begin * size.d_steps, kPanel * size.d_steps,
-                         s + columns.begin, kScoreStride, false);
+      const Panels k_panels = {k_packed + columns.begin * size.d_steps, kPanel,
+                               kPanel * size.d_steps};
+      gemm_rows<Math, kTileStride>(m, n, size.d_steps, q + t * kTileStride, 1, k_panels,
+                                   s + columns.begin, kTileStride, false);
       const float factor = finish_scores<T>(rows, row, m, key, columns, s, nullptr);
       softmax_tile<Math>(rows, task.row_begin, t, m, key, columns, factor, s, state);
-      gemm_rows<Math, kScoreStride>(
-          m, p.head_dim_v, n / Math::kStep, s + columns.begin / Math::kStep, 1,
-          v_packed + columns.begin / Math::kStep * kPanel, size.key_block / Math::kStep * kPanel,
-          state.out + t * state.stride, state.stride, true);
+      const Panels v_panels = {v_packed + columns.begin / Math::kStep * kPanel, kPanel,
+                               size.key_block / Math::kStep * kPanel};
+      gemm_rows<Math, kTileStride>(m, p.head_dim_v, n / Math::kStep,
+                                   s + columns.begin / Math::kStep, 1, v_panels,
+                                   state.out + t * state.stride, state.stride, true);
     }
   }
   finish_rows<T>(rows, task, state);

@@ -7,10 +7,8 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-// The most keys of a block. Rows of the score tile stand 16 floats further apart, or lines of many
-// rows would fall into the same sets of the L1 cache.
 constexpr int64_t kMaxKeyBlock = 256;
-constexpr int64_t kScoreStride = kMaxKeyBlock + 16;
+static_assert(kMaxKeyBlock < kTileStride, "a row of scores fits into a tile");
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -116,10 +114,10 @@ float finish_scores(const HeadRows& rows, int64_t row_begin, int64_t m, int64_t 
   // A scale of 0 would turn a masked -inf into NaN if it were applied later.
   const bool transformed =
       p.softcap > 0.0f || p.alibi.data || p.bias.data || p.softmax_scale == 0.0f;
-  for (int64_t t = 0; t < m; ++t, s += kScoreStride) {
+  for (int64_t t = 0; t < m; ++t, s += kTileStride) {
     const int64_t row = row_begin + t;
     if (transformed) transform_row<T>(rows, row, key, columns, s, slope);
-    if (slope) slope += kScoreStride;
+    if (slope) slope += kTileStride;
     if (p.mask.data) mask_row(rows, row, key, columns, s);
     const int64_t i = rows.query(row);
     const int64_t begin = larger(smaller(p.visible_begin(i) - key, columns.end), columns.begin);

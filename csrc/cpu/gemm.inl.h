@@ -17,6 +17,10 @@
 namespace fastattn::FASTATTN_ISA {
 
 constexpr int kPanel = 2 * kWidth;
+// Largest head dim, and the distance of rows in tiles: 16 floats more, or the lines of many rows
+// would fall into the same sets of the L1 cache.
+constexpr int64_t kMaxHeadDim = 512;
+constexpr int64_t kTileStride = kMaxHeadDim + 16;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -25,7 +29,7 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // One register tile: kRows x (kVecs * kWidth) sums.
 template <class Math, int kRows, int kVecs, int kRowStride>
-void gemm_tile(int64_t kk, const float* a, int64_t a_step, const float* b, float* c,
+void gemm_tile(int64_t kk, const float* a, int64_t a_step, const float* b, int64_t b_step, float* c,
                int64_t c_stride, bool accumulate) {
   Vec sums[kRows][kVecs];
 #pragma GCC unroll 16
@@ -47,7 +51,7 @@ void gemm_tile(int64_t kk, const float* a, int64_t a_step, const float* b, float
       for (int j = 0; j < kVecs; ++j) sums[i][j] = Math::mul_add(row, columns[j], sums[i][j]);
     }
     a += a_step;
-    b += kPanel;
+    b += b_step;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -56,7 +60,8 @@ void gemm_tile(int64_t kk, const float* a, int64_t a_step, const float* b, float
   }
 }
 
-using GemmTile = void (*)(int64_t, const float*, int64_t, const float*, float*, int64_t, bool);
+using GemmTile = void (*)(int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t,
+                          bool);
 
 template <class Math, int kVecs, int kRowStride, size_t... kRows>
 GemmTile gemm_tile_of(int rows, std::index_sequence<kRows...>) {
@@ -64,48 +69,59 @@ GemmTile gemm_tile_of(int rows, std::index_sequence<kRows...>) {
   return tiles[rows - 1];
 }
 
+// B, as gemm_rows reads it: element [k, c] at data[k * step + c / kPanel * panel + c % kPanel].
+struct Panels {
+  const float* data;
+  int64_t step, panel;
+};
+
 // A tile's rows (m <= kMaxTileRows) against n columns; C is written up to n rounded to kWidth.
 template <class Math, int kRowStride>
-void gemm_rows(int64_t m, int64_t n, int64_t kk, const float* a, int64_t a_step, const float* b,
-               int64_t panel_stride, float* c, int64_t c_stride, bool accumulate) {
+void gemm_rows(int64_t m, int64_t n, int64_t kk, const float* a, int64_t a_step, Panels b, float* c,
+               int64_t c_stride, bool accumulate) {
   constexpr auto kRows = std::make_index_sequence<kMaxTileRows>{};
   const GemmTile wide = gemm_tile_of<Math, 2, kRowStride>(static_cast<int>(m), kRows);
   int64_t column = 0;
   for (; column + kWidth < n; column += kPanel) {
-    wide(kk, a, a_step, b, c + column, c_stride, accumulate);
-    b += panel_stride;
+    wide(kk, a, a_step, b.data, b.step, c + column, c_stride, accumulate);
+    b.data += b.panel;
   }
   if (column < n) {
-    gemm_tile_of<Math, 1, kRowStride>(static_cast<int>(m), kRows)(kk, a, a_step, b, c + column,
-                                                                  c_stride, accumulate);
+    gemm_tile_of<Math, 1, kRowStride>(static_cast<int>(m), kRows)(kk, a, a_step, b.data, b.step,
+                                                                  c + column, c_stride, accumulate);
   }
 }
 
-// Rows of `values` become columns: n rows x [0, values) -> [steps][kLanes] elements, lane = row,
+// n rows of `values` as rows of a tile, in elements; 0 from the last value up to whole panels.
+template <class Math, class Rows>
+void copy_rows(const Rows& rows, int64_t n, int64_t values, float* out) {
+  for (int64_t i = 0; i < n; ++i, out += kTileStride) {
+    const auto* p = rows(i);
+    for (int64_t k = 0; k * Math::kStep < values; k += kWidth) {
+      const int64_t wanted = smaller(values - k * Math::kStep, kWidth * Math::kStep);
+      store(out + k, Math::load_row(p + k * Math::kStep, static_cast<int>(wanted)));
+    }
+    const int64_t written = round_up(ceil_div(values, Math::kStep), kWidth);
+    if (written % kPanel) store(out + written, zero());
+  }
+}
+
+// Rows of `values` become columns: n rows x [0, values) -> [steps][kPanel] elements, lane = row,
 // where rows(i) points to row i. The last lanes are 0 where n is smaller; so is the second half of
 // the last pair where values is odd.
-template <class Math, int kLanes, class Rows>
+template <class Math, class Rows>
 void pack_transposed(const Rows& rows, int64_t n, int64_t values, float* out) {
   const int64_t steps = ceil_div(values, Math::kStep);
   for (int64_t k = 0; k < steps; k += kWidth) {
     const int wanted = static_cast<int>(smaller(values - k * Math::kStep, kWidth * Math::kStep));
     const int64_t written = smaller(kWidth, steps - k);
-    for (int64_t lane = 0; lane < kLanes; lane += kWidth) {
-      const int lanes = static_cast<int>(smaller(kWidth, kLanes - lane));
+    for (int64_t lane = 0; lane < kPanel; lane += kWidth) {
       Vec r[kWidth];
       for (int i = 0; i < kWidth; ++i) {
-        r[i] = i < lanes && lane + i < n ? Math::load_row(rows(lane + i) + k * Math::kStep, wanted)
-                                         : zero();
+        r[i] = lane + i < n ? Math::load_row(rows(lane + i) + k * Math::kStep, wanted) : zero();
       }
       transpose(r);
-      for (int64_t i = 0; i < written; ++i) {
-        float* to = out + (k + i) * kLanes + lane;
-        if (lanes == kWidth) {
-          store(to, r[i]);
-        } else {
-          store(to, r[i], lanes);
-        }
-      }
+      for (int64_t i = 0; i < written; ++i) store(out + (k + i) * kPanel + lane, r[i]);
     }
   }
 }

@@ -15,10 +15,9 @@ AttentionPlan attention_plan(const AttentionParams& p) {
   AttentionPlan plan = {};
   plan.key_block = size.key_block;
   plan.packed_block = size.block();
-  // q_packed holds whole tiles of kMaxTileRows, at worst twice as many rows as there are.
-  plan.scratch_row = 2 * size.d_steps + size.v_columns + kWidth + 1;
-  plan.scratch_fixed = larger(kMaxTileRows * (kScoreStride + size.d_steps) + 16,
-                              kFewRows * (kScoreStride + kWidth + p.head_dim_v + 4 * kWidth) + 16);
+  plan.scratch_row = kTileStride + size.v_columns + kWidth + 1;
+  plan.scratch_fixed = larger(kMaxTileRows * kTileStride + 16,
+                              kFewRows * (kTileStride + kWidth + p.head_dim_v + 4 * kWidth) + 16);
   const BwdSizes<T> bwd(p);
   plan.bwd_key_block = bwd.key_block;
   plan.bwd_row_block = bwd.row_block;

@@ -66,9 +66,9 @@ inline Vec load(const float* p, int n) {
 }
 template <class T>
 inline Vec load(const T* p, int n) {
-  Vec x{};
-  for (int i = 0; i < n; ++i) x[i] = from_half(p[i]);
-  return x;
+  float lanes[4] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = from_half(p[i]);
+  return load(lanes);
 }
 inline void store(float* p, Vec x, int n) { std::memcpy(p, &x, static_cast<size_t>(n) * 4); }
 template <class T>
