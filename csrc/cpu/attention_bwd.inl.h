@@ -32,7 +32,7 @@ struct BwdSizes {
         dv_columns(round_up(p.head_dim_v, kPanel)) {
     const int64_t dims = p.head_dim + p.head_dim_v;
     // 224 = 16 tiles of 14; the rest of the table keeps all operands of a block within 1 MB of L2.
-    key_block = dims <= 128 ? 224 : dims <= 256 ? 128 : dims <= 512 ? 64 : 32;
+    key_block = dims <= 256 ? 224 : dims <= 512 ? 96 : 32;
     tiles = (dims <= 256 ? kBwdTileRows : kBwdTileRows / 2) / kMaxTileRows;
     row_block = tiles * kMaxTileRows;
   }
