@@ -21,7 +21,7 @@ struct AttentionParams {
   Strided k;        // [B, Sk, Hk, D], last stride 1
   Strided v;        // [B, Sk, Hk, Dv], last stride 1
   Strided out;      // [B, Sq, H, Dv], last stride 1
-  float* lse;       // [B, H, Sq], natural logarithm
+  float* lse;       // [B, H, Sq], natural logarithm; null: not wanted (forward)
   Strided mask;     // bool [B, H, Sq, Sk], last stride 0 or 1; data null: none
   Strided bias;     // [B, H, Sq, Sk], last stride 0 or 1; data null: none
   Type bias_type;   // type, or kFloat32

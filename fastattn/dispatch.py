@@ -74,20 +74,23 @@ def choose(op: str, backend: str, device: torch.device, call: Any) -> ModuleType
         ValueError: no backend has that name.
         NotImplementedError: none of the backends asked takes the call; gives each one's reason.
     """
+    for module in _asked(op, backend, device):
+        if module.unsupported(call) is None:
+            return module
+    raise NotImplementedError(_refusal(op, backend, device, call))
+
+
+@cache
+def _asked(op: str, backend: str, device: torch.device) -> tuple[ModuleType, ...]:
+    """The modules that `backend` means on a device, in order."""
     order = ORDER.get(device.type, ())
-    if backend == "auto":
-        asked = order
-    else:
+    if backend != "auto":
         known = {name for names in ORDER.values() for name in names}
         if backend not in known:
             allowed = ", ".join(repr(name) for name in ("auto", *sorted(known), REFERENCE))
             raise ValueError(f"backend={backend!r} is unknown; allowed are {allowed}")
-        asked = (backend,) if backend in order else ()
-    for name in asked:
-        module = backend_module(name, op)
-        if module is not None and module.unsupported(call) is None:
-            return module
-    raise NotImplementedError(_refusal(op, backend, device, call))
+        order = tuple(name for name in order if name == backend)
+    return tuple(module for name in order if (module := backend_module(name, op)) is not None)
 
 
 def _refusal(op: str, backend: str, device: torch.device, call: Any) -> str:

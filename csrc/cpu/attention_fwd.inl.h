@@ -118,7 +118,9 @@ void finish_row(const HeadRows& rows, int64_t row, float m, float l, const float
   } else if (sink != -kInfinity) {
     l += exp2_scalar(sink - m);
   }
-  p.lse[rows.flat(row)] = l == 0.0f ? -kInfinity : kLn2 * (m + __builtin_log2f(l));
+  if (p.lse) {
+    p.lse[rows.flat(row)] = l == 0.0f ? -kInfinity : kLn2 * (m + __builtin_log2f(l));
+  }
   const Vec by = broadcast(l == 0.0f ? 0.0f : weight / l);
   T* out = rows.at<T>(p.out, row);
   for (int64_t c = 0; c < p.head_dim_v; c += kWidth) {

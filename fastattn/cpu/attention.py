@@ -23,12 +23,12 @@ def unsupported(call: Any) -> str | None:
     return None
 
 
-def attention_fwd(call: Any) -> tuple[Tensor, Tensor]:
-    """out [B, Sq, H, Dv] in q's type and lse [B, H, Sq] in float32."""
-    q, v = call[0], call[2]
+def attention_fwd(call: Any, need_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+    """out [B, Sq, H, Dv] in q's type and, where it is needed, lse [B, H, Sq] in float32."""
+    q = call[0]
     batch, seqlen_q, nheads, _ = q.shape
-    out = torch.empty((batch, seqlen_q, nheads, v.shape[3]), dtype=q.dtype)
-    lse = torch.empty((batch, nheads, seqlen_q), dtype=torch.float32)
+    out = torch.empty(batch, seqlen_q, nheads, call[2].shape[3], dtype=q.dtype)
+    lse = torch.empty(batch, nheads, seqlen_q, dtype=torch.float32) if need_lse else None
     core.attention_fwd(*_arguments(call, out, lse), torch.get_num_threads())
     return out, lse
 
@@ -41,10 +41,10 @@ def attention_bwd(
     dout = dout if dout.stride(3) == 1 else dout.contiguous()
     dlse = dlse.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=q.dtype) for x in (q, k, v))
-    dq_sum = dq.zero_() if q.dtype is torch.float32 else torch.zeros(q.shape)
+    dq_sum = dq.zero_() if q.dtype is torch.float32 else torch.zeros(q.shape, dtype=torch.float32)
     delta = torch.empty_like(lse)
-    dbias = torch.zeros(bias.shape) if need_dbias else torch.empty(0)
-    dsinks = torch.zeros(sinks.shape) if sinks is not None else torch.empty(0)
+    dbias = torch.zeros(bias.shape, dtype=torch.float32) if need_dbias else torch.empty(0)
+    dsinks = torch.zeros(sinks.shape, dtype=torch.float32) if sinks is not None else torch.empty(0)
     gradients = (
         _strided(dout),
         dlse.data_ptr(),
@@ -64,7 +64,7 @@ def attention_bwd(
     return dq, dk, dv, dbias, dsinks
 
 
-def _arguments(call: Any, out: Tensor, lse: Tensor) -> tuple[Any, ...]:
+def _arguments(call: Any, out: Tensor, lse: Tensor | None) -> tuple[Any, ...]:
     """sizes, types, tensors and options, in the order of csrc/attention.cpp."""
     q, k, v, mask, bias, alibi_slopes, sinks, seed, scale, left, right, softcap, dropout_p = call
     batch, seqlen_q, nheads, head_dim = q.shape
@@ -86,7 +86,7 @@ def _arguments(call: Any, out: Tensor, lse: Tensor) -> tuple[Any, ...]:
             None if bias is None else _broadcast(bias, call),
             None if alibi_slopes is None else _strided(alibi_slopes),
             None if sinks is None else _strided(sinks),
-            lse.data_ptr(),
+            None if lse is None else lse.data_ptr(),
         ),
         (
             scale,

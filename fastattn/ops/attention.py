@@ -88,7 +88,7 @@ def attention(
     """
     if backend is None:
         backend = dispatch.DEFAULT
-    if torch.is_autocast_enabled(q.device.type):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     call = check(
@@ -108,7 +108,8 @@ def attention(
     elif dispatch.must_trace() or type(q) is not Tensor:
         out, lse = _OP_FWD(*call, backend)
     else:
-        out, lse = dispatch.choose("attention", backend, q.device, call).attention_fwd(call)
+        module = dispatch.choose("attention", backend, q.device, call)
+        out, lse = module.attention_fwd(call, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -178,9 +179,9 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
             and q.dtype is k.dtype is v.dtype
             and q.dtype in _TYPES
             and q.device == k.device == v.device
-            and (q.stride(3) == 1 or head_dim == 1)
-            and (k.stride(3) == 1 or head_dim == 1)
-            and (v.stride(3) == 1 or head_dim_v == 1)
+            and (q.stride()[3] == 1 or head_dim == 1)
+            and (k.stride()[3] == 1 or head_dim == 1)
+            and (v.stride()[3] == 1 or head_dim_v == 1)
         ):
             return batch, nheads, seqlen_q, seqlen_k
     raise _qkv_error(q, k, v)
