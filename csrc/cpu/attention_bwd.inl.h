@@ -119,7 +119,7 @@ void attention_bwd_begin(const AttentionParams& p, int64_t b, int64_t hk, int64_
                hk * p.k.stride[2];
   const T* v = static_cast<const T*>(p.v.data) + b * p.v.stride[0] + key_begin * p.v.stride[1] +
                hk * p.v.stride[2];
-  for (int64_t c = 0; c < size.key_block; c += kPanel) {
+  for (int64_t c = 0; c < n; c += kPanel) {
     pack_transposed<Math>([&](int64_t i) { return k + (c + i) * p.k.stride[1]; }, n - c, p.head_dim,
                           local.k_t + c * size.d_steps);
     pack_transposed<Math>([&](int64_t i) { return v + (c + i) * p.v.stride[1]; }, n - c,
@@ -127,8 +127,8 @@ void attention_bwd_begin(const AttentionParams& p, int64_t b, int64_t hk, int64_
   }
   pack_rows<Math>([&](int64_t i) { return k + i * p.k.stride[1]; }, n, p.head_dim, size.key_steps(),
                   local.k_rows);
-  std::memset(local.dk, 0, static_cast<size_t>(size.key_block * size.d_columns) * 4);
-  std::memset(local.dv, 0, static_cast<size_t>(size.key_block * size.dv_columns) * 4);
+  std::memset(local.dk, 0, static_cast<size_t>(n * size.d_columns) * 4);
+  std::memset(local.dv, 0, static_cast<size_t>(n * size.dv_columns) * 4);
 }
 
 // What turns one row's S and dP into P and dS, kWidth columns at a time.
@@ -195,7 +195,7 @@ inline void clear_outside(float* row, Columns columns, int64_t n) {
 // The tile of a block that is being worked on.
 struct BwdTile {
   int64_t row, t, m;  // its first row, the same within the block, its height
-  int64_t key;        // first key of the block
+  int64_t key, keys;  // first key of the block, and how many, in whole panels
   Columns columns;
   float *s, *dp;  // its products, [m, kTileStride]
 };
@@ -203,15 +203,15 @@ struct BwdTile {
 // P and dS from S and dP: where they stay, in floats; or as pairs, of rows for the products along
 // rows, and for dS of neighbours too, for the product along keys.
 template <class T>
-void differentiate(const HeadRows& rows, const BwdSizes<T>& size, const BwdScratch<T>& local,
-                   const BwdTile& tile, float factor, const float* slope) {
+void differentiate(const HeadRows& rows, const BwdScratch<T>& local, const BwdTile& tile,
+                   float factor, const float* slope) {
   using Math = typename MathOf<T>::type;
   constexpr int kRows = Math::kStep;
   for (int64_t i = 0; i < tile.m; i += kRows) {
     float* weights = local.weights + (tile.t + i) / kRows * kTileStride;
     float* dscores = local.dscores + (tile.t + i) / kRows * kTileStride;
-    clear_outside(weights, tile.columns, size.key_block);
-    clear_outside(dscores, tile.columns, size.key_block);
+    clear_outside(weights, tile.columns, tile.keys);
+    clear_outside(dscores, tile.columns, tile.keys);
     if (tile.columns.empty()) continue;
     // An odd last row has no partner; its pairs are filled with 0.
     const bool alone = i + kRows > tile.m;
@@ -267,7 +267,7 @@ void bwd_tile(const HeadRows& rows, const BwdSizes<T>& size, const BwdScratch<T>
                                  tile.dp + columns.begin, kTileStride, false);
     factor = finish_scores<T>(rows, tile.row, m, tile.key, columns, tile.s, slope);
   }
-  differentiate<T>(rows, size, local, tile, factor, slope);
+  differentiate<T>(rows, local, tile, factor, slope);
   if (columns.empty()) return;
   const Panels k_rows = {local.k_rows + columns.begin / Math::kStep * kPanel, kPanel,
                          size.key_steps() * kPanel};
@@ -339,7 +339,8 @@ void attention_bwd_rows(const AttentionParams& p, int64_t b, int64_t hk, int64_t
     // Floats are worked on where they stay; pairs are made from a tile of floats.
     float* s = kPairs ? local.s_tile : local.weights + t * kTileStride;
     float* dp = kPairs ? local.dp_tile : local.dscores + t * kTileStride;
-    bwd_tile<T>(rows, size, local, {row, t, m, key_begin, seen, s, dp});
+    bwd_tile<T>(rows, size, local,
+                {row, t, m, key_begin, round_up(key_end - key_begin, kPanel), seen, s, dp});
   }
   add_key_gradients<T>(p, size, local, columns, n, key_end - key_begin);
 }

@@ -20,8 +20,8 @@ constexpr int64_t kSplitRows = 64;
 constexpr int64_t kSplitKeys = 1024;
 constexpr int64_t kPackBlocks = 4;  // key blocks of a packing task
 constexpr int64_t kPackedBytes = int64_t{48} << 20;
-// Multiply-adds under which waking other threads costs more than it brings.
-constexpr double kSerialWork = 4e5;
+// Nanoseconds of work, roughly, under which waking other threads costs more than it brings.
+constexpr double kSerialWork = 6000.0;
 
 thread_local Buffer shared_buffer;  // the caller's, seen by all workers of a call
 
@@ -132,8 +132,9 @@ void fwd_shared(const AttentionParams& p, const AttentionKernels& kernels,
 }  // namespace
 
 int attention_threads(const AttentionParams& p, int threads) {
-  const double pairs = double(p.batch) * p.nheads * p.seqlen_q * p.seqlen_k;
-  return pairs * double(p.head_dim + p.head_dim_v) < kSerialWork ? 1 : threads;
+  const double heads = double(p.batch) * p.nheads;
+  const double multiplies = heads * p.seqlen_q * p.seqlen_k * double(p.head_dim + p.head_dim_v);
+  return heads * 150.0 + multiplies / 60.0 < kSerialWork ? 1 : threads;
 }
 
 void attention_fwd_cpu(const AttentionParams& p, int threads) {

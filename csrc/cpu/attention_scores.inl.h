@@ -18,8 +18,10 @@ constexpr float kInfinity = __builtin_inff();
 struct HeadRows {
   const AttentionParams& p;
   int64_t b, hk;
-  int64_t query(int64_t row) const { return row / p.groups(); }
-  int64_t head(int64_t row) const { return hk * p.groups() + row % p.groups(); }
+  int64_t groups = p.groups();
+  // A division costs as much as a row of 16 scores; without grouping there is none.
+  int64_t query(int64_t row) const { return groups == 1 ? row : row / groups; }
+  int64_t head(int64_t row) const { return groups == 1 ? hk : hk * groups + row % groups; }
   template <class T>
   T* at(const Strided& x, int64_t row) const {
     return static_cast<T*>(x.data) + b * x.stride[0] + query(row) * x.stride[1] +

@@ -117,6 +117,10 @@ void pack_transposed(const Rows& rows, int64_t n, int64_t values, float* out) {
     const int64_t written = smaller(kWidth, steps - k);
     for (int64_t lane = 0; lane < kPanel; lane += kWidth) {
       Vec r[kWidth];
+      if (lane >= n) {
+        for (int64_t i = 0; i < written; ++i) store(out + (k + i) * kPanel + lane, zero());
+        continue;
+      }
       for (int i = 0; i < kWidth; ++i) {
         r[i] = lane + i < n ? Math::load_row(rows(lane + i) + k * Math::kStep, wanted) : zero();
       }
@@ -127,12 +131,13 @@ void pack_transposed(const Rows& rows, int64_t n, int64_t values, float* out) {
 }
 
 // Rows stay rows: n rows x [0, columns) -> panels [columns / kPanel][steps][kPanel], where a step
-// is a row (or a pair of rows). Rows from n on are 0, up to steps * kStep; so are columns up to the
-// panel.
+// is a row (or a pair of rows). Rows from n on are 0 up to whole panels' worth of rows, and are
+// left alone from there to `steps`; columns are 0 up to the panel.
 template <class Math, class Rows>
 void pack_rows(const Rows& rows, int64_t n, int64_t columns, int64_t steps, float* out) {
-  for (int64_t c = 0; c < columns; c += kPanel) {
-    for (int64_t k = 0; k < steps; ++k) {
+  const int64_t filled = smaller(round_up(n, kPanel) / Math::kStep, steps);
+  for (int64_t c = 0; c < columns; c += kPanel, out += steps * kPanel) {
+    for (int64_t k = 0; k < filled; ++k) {
       const int64_t row = k * Math::kStep;
       for (int64_t v = 0; v < kPanel; v += kWidth) {
         const int wanted = static_cast<int>(smaller(columns - c - v, kWidth));
@@ -142,9 +147,8 @@ void pack_rows(const Rows& rows, int64_t n, int64_t columns, int64_t steps, floa
           x = alone ? Math::zip_row(rows(row) + c + v, wanted)
                     : Math::zip_rows(rows(row) + c + v, rows(row + 1) + c + v, wanted);
         }
-        store(out + v, x);
+        store(out + k * kPanel + v, x);
       }
-      out += kPanel;
     }
   }
 }
