@@ -1,0 +1,51 @@
+"""The command line: `python -m fastattn VERB`. Each verb lives in the file of its name."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+
+import fastattn
+from fastattn import info
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastattn",
+        description="Fused attention kernels: look at them, time them, see them at work.",
+        epilog="examples:\n"
+        "  python -m fastattn info            # what this machine has and what is missing\n"
+        "  python -m fastattn bench --quick   # speed and error against PyTorch, in a minute\n"
+        "  python -m fastattn demo            # a language model, before and after\n\n"
+        "`python -m fastattn VERB --help` tells the rest.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fastattn {fastattn.__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for verb in _verbs():
+        verb.add_parser(verbs)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+def _verbs() -> Iterator[ModuleType]:
+    """All that can run here: `info` needs nothing but torch, so that it can say what is missing."""
+    yield info
+    try:
+        from fastattn import bench, demo
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "rich":
+            raise
+        print("the verbs bench and demo need the package rich: pip install rich", file=sys.stderr)
+        return
+    yield from (bench, demo)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
