@@ -89,10 +89,7 @@ class Report:
 
     def to_json(self) -> str:
         """See `from_json`."""
-        rows = [
-            {**asdict(row), "speed": row.speed, "roof_share": row.share(self.roof)}
-            for row in self.rows
-        ]
+        rows = [{**asdict(row), "speed": row.speed, "roof_share": row.share(self.roof)} for row in self.rows]
         top = None if self.roof is None else asdict(self.roof)
         everything = {"environment": self.environment, "roof": top, "rows": rows}
         return json.dumps(everything, indent=1) + "\n"
@@ -145,9 +142,7 @@ def measure_case(case: Case, peers: list[str], budget: float, min_rounds: int = 
         return Row(**facts, failure=str(error))
     calls = {peer: [cases.bind(peer, case, x) for x in copies] for peer in peers}
     timing = race(calls, budget, min_rounds)
-    return Row(
-        **facts, errors=errors, seconds=timing.seconds, ratios=timing.ratios, rounds=timing.rounds
-    )
+    return Row(**facts, errors=errors, seconds=timing.seconds, ratios=timing.ratios, rounds=timing.rounds)
 
 
 def cells(row: Row, top: Roof | None) -> list[str]:

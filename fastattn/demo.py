@@ -68,9 +68,7 @@ class Clock:
 
     def __init__(self, tokenizer: Any, show: bool) -> None:
         self.seconds: list[float] = []  # per new token; printing is left out
-        self._printer = _transformers().TextStreamer(
-            tokenizer, skip_prompt=True, skip_special_tokens=True
-        )
+        self._printer = _transformers().TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._show = show
         self._prompt_seen = False
         self._since = time.perf_counter()
@@ -206,9 +204,7 @@ def load(model: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         with quiet:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, **options
-            )
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(f"demo: cannot load {model or _PACKAGE}: {error}") from error
     return loaded.eval(), tokenizer
@@ -309,9 +305,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     parser.add_argument("--model", metavar="PATH_OR_ID", help="another causal language model")
     parser.add_argument("--dtype", choices=list(_DTYPES), default="fp32", help="default: fp32")
-    parser.add_argument(
-        "--tokens", metavar="N", type=int, default=64, help="to write at most (default: 64)"
-    )
+    parser.add_argument("--tokens", metavar="N", type=int, default=64, help="to write at most (default: 64)")
     parser.set_defaults(run=run, parser=parser)
 
 
@@ -329,8 +323,7 @@ def run(args: argparse.Namespace) -> int:
         highlight=False,
     )
     phases = [
-        compare(model, tokenizer, name, prompt, args.tokens, console)
-        for name, prompt in prompts().items()
+        compare(model, tokenizer, name, prompt, args.tokens, console) for name, prompt in prompts().items()
     ]
     console.rule("what changed", align="left", style="dim")
     console.print(table(phases))

@@ -26,9 +26,7 @@ def check_seed(seed: int | Tensor | None) -> Tensor:
         return dropout.draw_seed()
     if isinstance(seed, Tensor):
         if seed.dtype is not torch.int64 or seed.ndim != 0:
-            raise TypeError(
-                f"seed must be an int64 tensor of shape [], got {seed.dtype} {list(seed.shape)}"
-            )
+            raise TypeError(f"seed must be an int64 tensor of shape [], got {seed.dtype} {list(seed.shape)}")
         return seed
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")

@@ -104,7 +104,7 @@ def attention(
         or (bias is not None and bias.requires_grad)
         or (sinks is not None and sinks.requires_grad)
     ):
-        out, lse = _Attention.apply(*call, backend)
+        out, lse = _Attention.apply(*call, backend)  # type: ignore[no-untyped-call]
     elif dispatch.must_trace() or type(q) is not Tensor:
         out, lse = _OP_FWD(*call, backend)
     else:
@@ -132,9 +132,7 @@ def check(
     shape = _check_qkv(q, k, v)
     if mask is not None:
         if mask.dtype is not torch.bool:
-            raise TypeError(
-                f"mask must be bool (True = attend), got {mask.dtype}; bias adds to scores"
-            )
+            raise TypeError(f"mask must be bool (True = attend), got {mask.dtype}; bias adds to scores")
         mask = _check_scores("mask", mask, q, shape)
     if bias is not None:
         check_type("bias", bias, q)
@@ -194,9 +192,7 @@ def _qkv_error(q: Tensor, k: Tensor, v: Tensor) -> Exception:
             layout = "[B, Sq, H, D]" if name == "q" else "[B, Sk, Hk, D]"
             return ValueError(f"{name} must have 4 dimensions {layout}, got shape {list(x.shape)}")
         if x.dtype is not q.dtype:
-            return TypeError(
-                f"q, k and v must share one type, got q {q.dtype} and {name} {x.dtype}"
-            )
+            return TypeError(f"q, k and v must share one type, got q {q.dtype} and {name} {x.dtype}")
         if x.device != q.device:
             return ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
         if x.stride(3) != 1 and x.shape[3] > 1:
@@ -216,9 +212,7 @@ def _qkv_error(q: Tensor, k: Tensor, v: Tensor) -> Exception:
     if lengths[1] != lengths[2]:
         return ValueError(f"k and v must share the length Sk, got {lengths[1]} and {lengths[2]}")
     if heads[1] != heads[2]:
-        return ValueError(
-            f"k and v must share the number of heads Hk, got {heads[1]} and {heads[2]}"
-        )
+        return ValueError(f"k and v must share the number of heads Hk, got {heads[1]} and {heads[2]}")
     return ValueError(f"H must be a multiple of Hk, got H {heads[0]} (q) and Hk {heads[1]} (k, v)")
 
 
@@ -227,8 +221,7 @@ def _check_scores(name: str, x: Tensor, q: Tensor, shape: tuple[int, int, int, i
     check_device(name, x, q)
     batch, nheads, seqlen_q, seqlen_k = shape
     if x.ndim > 4 or any(
-        have not in (1, want)
-        for have, want in zip(reversed(x.shape), reversed(shape), strict=False)
+        have not in (1, want) for have, want in zip(reversed(x.shape), reversed(shape), strict=False)
     ):
         raise ValueError(
             f"{name} must broadcast to [B, H, Sq, Sk] = "
@@ -261,9 +254,7 @@ def _check_alibi(slopes: Tensor, q: Tensor, shape: tuple[int, int, int, int]) ->
 def _check_window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
     left, right = window_size
     if left < -1 or right < -1 or left != int(left) or right != int(right):
-        raise ValueError(
-            f"window_size must be two integers >= -1 (-1 = unbounded), got {window_size}"
-        )
+        raise ValueError(f"window_size must be two integers >= -1 (-1 = unbounded), got {window_size}")
     return left, (0 if causal else right)
 
 
@@ -349,14 +340,10 @@ def _bwd(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tu
     return module.attention_bwd(dout, dlse, out, lse, call, need_dbias)  # type: ignore[no-any-return]
 
 
-def _bwd_fake(
-    dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
+def _bwd_fake(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
     call, need_dbias = Call(*args[:-2]), args[-2]
-    dbias = call.bias.new_empty(call.bias.shape) if need_dbias else call.q.new_empty((0,))
-    dsinks = (
-        call.sinks.new_empty(call.sinks.shape) if call.sinks is not None else call.q.new_empty((0,))
-    )
+    dbias = call.bias.new_empty(call.bias.shape) if need_dbias else call.q.new_empty((0,))  # type: ignore[union-attr]
+    dsinks = call.sinks.new_empty(call.sinks.shape) if call.sinks is not None else call.q.new_empty((0,))
     dq, dk, dv = (x.new_empty(x.shape) for x in call[:3])
     return dq, dk, dv, dbias, dsinks
 
@@ -385,7 +372,7 @@ class _Attention(torch.autograd.Function):
         ctx.backend = inputs[13]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
         need_dbias = ctx.needs_input_grad[4]

@@ -31,15 +31,11 @@ def floor(dtype: torch.dtype, truth: Tensor) -> float:
 def errors(x: Tensor, base: Tensor, truth: Tensor, dtype: torch.dtype | None = None) -> Errors:
     """Measures x and base against truth. `dtype` is the inputs' type where x's own is wider (lse)."""
     if x.shape != truth.shape or base.shape != truth.shape:
-        raise AssertionError(
-            f"shapes differ: {list(x.shape)}, {list(base.shape)}, {list(truth.shape)}"
-        )
+        raise AssertionError(f"shapes differ: {list(x.shape)}, {list(base.shape)}, {list(truth.shape)}")
     allowed_floor = floor(dtype or x.dtype, truth)
     if x.numel() == 0:
         return Errors(0.0, 0.0, allowed_floor)
-    return Errors(
-        _largest(x, truth), base_error := _largest(base, truth), 2.0 * base_error + allowed_floor
-    )
+    return Errors(_largest(x, truth), base_error := _largest(base, truth), 2.0 * base_error + allowed_floor)
 
 
 def assert_close(
@@ -48,11 +44,7 @@ def assert_close(
     """Raises AssertionError where x breaks the error rule; infinities and NaN must stand where truth's do."""
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
         if not torch.equal(kind(x), kind(truth)):
-            where = (
-                (kind(x) != kind(truth)).nonzero()[0].tolist()
-                if x.shape == truth.shape
-                else "shape"
-            )
+            where = (kind(x) != kind(truth)).nonzero()[0].tolist() if x.shape == truth.shape else "shape"
             raise AssertionError(f"{name}: {kind.__name__} differs from the truth at {where}")
     found = errors(x, base, truth, dtype)
     if not found.ours <= found.allowed:

@@ -49,9 +49,7 @@ class Timing:
     rounds: int
 
 
-def race(
-    peers: Mapping[str, Sequence[Callable[[], object]]], budget: float, min_rounds: int = 5
-) -> Timing:
+def race(peers: Mapping[str, Sequence[Callable[[], object]]], budget: float, min_rounds: int = 5) -> Timing:
     """Times peers in turn until the budget is spent.
 
     Args:

@@ -1,0 +1,1 @@
+"""Doors into other people's models. Each one is opened by a call, and closed again by another."""
