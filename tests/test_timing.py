@@ -16,9 +16,7 @@ def test_spread_is_median_and_percentiles() -> None:
 
 
 def test_race_finds_the_ratio() -> None:
-    timing = race(
-        {"fast": [lambda: time.sleep(0.001)], "slow": [lambda: time.sleep(0.004)]}, budget=0.05
-    )
+    timing = race({"fast": [lambda: time.sleep(0.001)], "slow": [lambda: time.sleep(0.004)]}, budget=0.05)
     assert timing.rounds >= 5
     assert timing.seconds["fast"].p20 >= 0.001
     assert 1.5 < timing.ratios["slow"].median < 5.0

@@ -271,7 +271,7 @@ void bwd_tile(const HeadRows& rows, const BwdSizes<T>& size, const BwdScratch<T>
   if (columns.empty()) return;
   const Panels k_rows = {local.k_rows + columns.begin / Math::kStep * kPanel, kPanel,
                          size.key_steps() * kPanel};
-  gemm_rows<Math, kTileStride>(m, p.head_dim, n / Math::kStep,
+  gemm_rows<Math, kTileStride>(m, p.head_dim, ceil_div(columns.seen - columns.begin, Math::kStep),
                                tile.dp + columns.begin / Math::kStep, 1, k_rows, local.dq_tile,
                                size.d_columns, false);
   for (int64_t i = 0; i < m; ++i) {
@@ -335,7 +335,6 @@ void attention_bwd_rows(const AttentionParams& p, int64_t b, int64_t hk, int64_t
     const int64_t row = row_begin + t, m = smaller(kMaxTileRows, n - t);
     Columns& seen = columns[t / kMaxTileRows];
     seen = visible_columns(p, rows, row, row + m, key_begin, key_end);
-    if (seen.empty()) seen = {0, 0};
     // Floats are worked on where they stay; pairs are made from a tile of floats.
     float* s = kPairs ? local.s_tile : local.weights + t * kTileStride;
     float* dp = kPairs ? local.dp_tile : local.dscores + t * kTileStride;

@@ -78,7 +78,7 @@ void add_weighted(int64_t m, const float* weights, Columns keys, const T* v, int
   for (int64_t c = 0; c < dv; c += kVecs * kWidth) {
     const int columns = static_cast<int>(smaller(dv - c, kVecs * kWidth));
     for (int64_t row = 0; row < m; row += kRows) {
-      sums[smaller(kRows, m - row) - 1](weights + row * kTileStride, keys.begin, keys.end, v + c,
+      sums[smaller(kRows, m - row) - 1](weights + row * kTileStride, keys.begin, keys.seen, v + c,
                                         v_stride, columns, state.out + row * state.stride + c,
                                         state.stride);
     }
@@ -107,20 +107,17 @@ void attention_fwd_few(const AttentionParams& p, const AttentionTask& task, floa
     const int64_t key_end = smaller(key + kBlock, end);
     const Columns columns = visible_columns(p, rows, task.row_begin, task.row_end, key, key_end);
     if (columns.empty()) continue;
-    for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
-      const int64_t n = p.seqlen_k - key - c;
+    for (int64_t c = columns.begin; c < columns.seen; c += kWidth) {
+      const T* keys = k + (key + c) * p.k.stride[1];
       for (int64_t t = 0; t < m; ++t) {
-        const Vec x = n <= 0 ? zero()
-                             : dot_products<Math>(rows.at<const T>(p.q, task.row_begin + t),
-                                                  k + (key + c) * p.k.stride[1], p.k.stride[1], n,
-                                                  p.head_dim);
-        store(s + t * kTileStride + c, x);
+        const T* q = rows.at<const T>(p.q, task.row_begin + t);
+        store(s + t * kTileStride + c,
+              dot_products<Math>(q, keys, p.k.stride[1], columns.seen - c, p.head_dim));
       }
     }
     const float factor = finish_scores<T>(rows, task.row_begin, m, key, columns, s, nullptr);
     softmax_tile<FloatMath>(rows, task.row_begin, 0, m, key, columns, factor, s, state);
-    const Columns seen = {columns.begin, smaller(columns.end, p.seqlen_k - key)};
-    add_weighted<T>(m, s, seen, v + key * p.v.stride[1], p.v.stride[1], p.head_dim_v, state);
+    add_weighted<T>(m, s, columns, v + key * p.v.stride[1], p.v.stride[1], p.head_dim_v, state);
   }
   finish_rows<T>(rows, task, state);
 }

@@ -234,7 +234,7 @@ void attention_fwd(const AttentionParams& p, const AttentionTask& task, const fl
       const int64_t row = task.row_begin + t, m = smaller(height, n_rows - t);
       const Columns columns = visible_columns(p, rows, row, row + m, key, key_end);
       if (columns.empty()) continue;
-      const int64_t n = columns.end - columns.begin;
+      const int64_t n = columns.seen - columns.begin;
       const Panels k_panels = {k_packed + columns.begin * size.d_steps, kPanel,
                                kPanel * size.d_steps};
       gemm_rows<Math, kTileStride>(m, n, size.d_steps, q + t * kTileStride, 1, k_panels,
@@ -243,7 +243,7 @@ void attention_fwd(const AttentionParams& p, const AttentionTask& task, const fl
       softmax_tile<Math>(rows, task.row_begin, t, m, key, columns, factor, s, state);
       const Panels v_panels = {v_packed + columns.begin / Math::kStep * kPanel, kPanel,
                                size.key_block / Math::kStep * kPanel};
-      gemm_rows<Math, kTileStride>(m, p.head_dim_v, n / Math::kStep,
+      gemm_rows<Math, kTileStride>(m, p.head_dim_v, ceil_div(n, Math::kStep),
                                    s + columns.begin / Math::kStep, 1, v_panels,
                                    state.out + t * state.stride, state.stride, true);
     }

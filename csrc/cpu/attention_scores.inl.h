@@ -31,17 +31,19 @@ struct HeadRows {
   int64_t flat(int64_t row) const { return (b * p.nheads + head(row)) * p.seqlen_q + query(row); }
 };
 
-// Columns [begin, end) of a block of keys, in whole panels, which hold all that a tile can see.
+// Columns [begin, end) of a block of keys, in whole panels, which hold all that a tile can see:
+// that is up to `seen`, and -inf from there on.
 struct Columns {
-  int64_t begin, end;
+  int64_t begin, end, seen;
   bool empty() const { return begin >= end; }
 };
 
 inline Columns visible_columns(const AttentionParams& p, const HeadRows& rows, int64_t row_begin,
                                int64_t row_end, int64_t key_begin, int64_t key_end) {
   const int64_t begin = larger(p.visible_begin(rows.query(row_begin)), key_begin) - key_begin;
-  const int64_t end = smaller(p.visible_end(rows.query(row_end - 1)), key_end) - key_begin;
-  return {begin / kPanel * kPanel, begin < end ? round_up(end, kPanel) : 0};
+  const int64_t seen = smaller(p.visible_end(rows.query(row_end - 1)), key_end) - key_begin;
+  if (begin >= seen) return {0, 0, 0};
+  return {begin / kPanel * kPanel, round_up(seen, kPanel), seen};
 }
 
 template <class T>
@@ -107,6 +109,12 @@ inline void mask_row(const HeadRows& rows, int64_t row, int64_t key, Columns col
   }
 }
 
+inline void fill_never(float* s, int64_t n) {
+  const Vec never = broadcast(-kInfinity);
+  for (; n >= kWidth; n -= kWidth, s += kWidth) store(s, never);
+  if (n > 0) store(s, never, static_cast<int>(n));
+}
+
 // Finishes the scores of a tile in place, -inf where a row may not look, and returns what they must
 // be multiplied by to be in units of log2.
 template <class T>
@@ -124,8 +132,8 @@ float finish_scores(const HeadRows& rows, int64_t row_begin, int64_t m, int64_t 
     const int64_t i = rows.query(row);
     const int64_t begin = larger(smaller(p.visible_begin(i) - key, columns.end), columns.begin);
     const int64_t end = larger(smaller(p.visible_end(i) - key, columns.end), begin);
-    for (int64_t c = columns.begin; c < begin; ++c) s[c] = -kInfinity;
-    for (int64_t c = end; c < columns.end; ++c) s[c] = -kInfinity;
+    fill_never(s + columns.begin, begin - columns.begin);
+    fill_never(s + end, columns.end - end);
   }
   return transformed ? 1.0f : p.softmax_scale * kLog2E;
 }

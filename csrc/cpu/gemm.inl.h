@@ -131,18 +131,18 @@ void pack_transposed(const Rows& rows, int64_t n, int64_t values, float* out) {
 }
 
 // Rows stay rows: n rows x [0, columns) -> panels [columns / kPanel][steps][kPanel], where a step
-// is a row (or a pair of rows). Rows from n on are 0 up to whole panels' worth of rows, and are
-// left alone from there to `steps`; columns are 0 up to the panel.
+// is a row (or a pair of rows, the last one's second half being 0 where n is odd). Steps from n on
+// are left as they are; columns are 0 up to the panel.
 template <class Math, class Rows>
 void pack_rows(const Rows& rows, int64_t n, int64_t columns, int64_t steps, float* out) {
-  const int64_t filled = smaller(round_up(n, kPanel) / Math::kStep, steps);
+  const int64_t filled = ceil_div(n, Math::kStep);
   for (int64_t c = 0; c < columns; c += kPanel, out += steps * kPanel) {
     for (int64_t k = 0; k < filled; ++k) {
       const int64_t row = k * Math::kStep;
       for (int64_t v = 0; v < kPanel; v += kWidth) {
         const int wanted = static_cast<int>(smaller(columns - c - v, kWidth));
         Vec x = zero();
-        if (row < n && wanted > 0) {
+        if (wanted > 0) {
           const bool alone = Math::kStep == 1 || row + 1 >= n;
           x = alone ? Math::zip_row(rows(row) + c + v, wanted)
                     : Math::zip_rows(rows(row) + c + v, rows(row + 1) + c + v, wanted);
