@@ -1,0 +1,82 @@
+"""Options and fixtures that all tests share."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+from fastattn import dispatch
+from fastattn.testing.check import check_attention, refusal
+
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile("fixed")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        action="append",
+        help='a backend to test, also "reference"; may be repeated; default: all of this machine',
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than a few seconds")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        names = metafunc.config.getoption("backend") or dispatch.ORDER["cpu"]
+        metafunc.parametrize("backend", names, scope="session")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Every uninitialised tensor starts as NaN: an element that a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def check(backend: str) -> Callable[..., None]:
+    """`check_attention` on this backend; skips with the backend's own reason where it refuses."""
+
+    def run(*qkv: torch.Tensor, gradients: bool = True, **options: Any) -> None:
+        reason = refusal(backend, *qkv, **options)
+        if reason is not None:
+            pytest.skip(reason)
+        check_attention(*qkv, backend=backend, gradients=gradients, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def kernel_backend(backend: str) -> str:
+    """A backend that runs through the op; the reference never does."""
+    if backend == dispatch.REFERENCE:
+        pytest.skip("the reference is plain PyTorch and has no op")
+    return backend
+
+
+@pytest.fixture
+def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs code in a fresh interpreter; keyword arguments are environment variables."""
+
+    def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run
