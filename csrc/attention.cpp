@@ -41,6 +41,7 @@ AttentionParams params_of(const py::tuple& sizes, const py::tuple& types, const 
   Strided* const inputs[] = {&p.q, &p.k, &p.v, &p.out, &p.mask, &p.bias, &p.alibi, &p.sinks};
   for (Py_ssize_t i = 0; i < 8; ++i) *inputs[i] = strided(item(tensors, i));
   p.lse = floats(item(tensors, 8));
+  p.lse_rest = floats(item(tensors, 9));
   p.softmax_scale = real(item(options, 0));
   p.window_left = integer(item(options, 1));
   p.window_right = integer(item(options, 2));

@@ -132,6 +132,11 @@ def explain(op: Any, /, *args: Any, **kwargs: Any) -> Explanation:
     return verdicts(name, call[0].device, call)
 
 
+def in_forward_mode() -> bool:
+    """Whether tangents may be in flight, which only an autograd.Function sees (and then refuses)."""
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+
+
 def must_trace() -> bool:
     """Whether someone records or transforms calls, so that they must pass through `torch.ops`.
 

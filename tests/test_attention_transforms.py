@@ -31,8 +31,8 @@ def attend(kernel_backend):
 def test_opcheck(kernel_backend, option):
     q, k, v = qkv(*SHAPE, transposed=True)
     call = check(q, k, v, **option_set(option, q, k))
-    out, lse = torch.ops.fastattn.attention_fwd(*call, kernel_backend)
-    backward = (upstream(out), upstream(lse), out, lse, *call, call.bias is not None, kernel_backend)
+    saved = torch.ops.fastattn.attention_fwd(*call, kernel_backend)
+    backward = (upstream(saved[0]), upstream(saved[1]), *saved, *call, call.bias is not None, kernel_backend)
     # The gradient lives outside of the op, and nothing here depends on sizes.
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.fastattn.attention_fwd, (*call, kernel_backend), test_utils=tests)
@@ -43,8 +43,8 @@ def test_opcheck(kernel_backend, option):
 def test_opcheck_in_full(kernel_backend, dtype):
     q, k, v = qkv(*SHAPE, dtype=dtype)
     call = check(q, k, v, **option_set("everything", q, k))
-    out, lse = torch.ops.fastattn.attention_fwd(*call, kernel_backend)
-    backward = (upstream(out), upstream(lse), out, lse, *call, True, kernel_backend)
+    saved = torch.ops.fastattn.attention_fwd(*call, kernel_backend)
+    backward = (upstream(saved[0]), upstream(saved[1]), *saved, *call, True, kernel_backend)
     torch.library.opcheck(torch.ops.fastattn.attention_fwd, (*call, kernel_backend))
     torch.library.opcheck(torch.ops.fastattn.attention_bwd, backward)
 

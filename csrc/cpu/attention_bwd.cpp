@@ -14,16 +14,14 @@ namespace {
 
 constexpr int64_t kDone = INT64_MAX;
 
-// A bias that several heads or sequences share has one gradient, which their tasks add to in order:
-// the task that comes before task t in the same block of keys, or null.
-const Counter* task_before_in_bias(const AttentionParams& p, int64_t t, int64_t b, int64_t hk,
-                                   const Counter* progress) {
-  if (!p.dbias.data) return nullptr;
-  if (p.dbias.stride[1] == 0 && hk > 0) return progress + t - 1;
-  if (p.dbias.stride[0] == 0 && b > 0) {
-    return progress + t - (p.dbias.stride[1] == 0 ? 1 : p.nheads_k);
-  }
-  return nullptr;
+// A bias that several heads or sequences share has one gradient, which they add to in order: the KV
+// head that comes before this one, or -1.
+int64_t head_before_in_bias(const AttentionParams& p, int64_t head) {
+  const int64_t b = head / p.nheads_k, hk = head % p.nheads_k;
+  if (!p.dbias.data) return -1;
+  if (p.dbias.stride[1] == 0 && hk > 0) return head - 1;
+  if (p.dbias.stride[0] == 0 && b > 0) return head - (p.dbias.stride[1] == 0 ? 1 : p.nheads_k);
+  return -1;
 }
 
 // Where a bias is shared by all queries, every row of a task adds to the same few numbers: they are
@@ -75,6 +73,7 @@ void bwd_keys(const AttentionParams& p, const AttentionKernels& kernels, const A
   }
   kernels.bwd_end(p, b, hk, key_begin, scratch);
   if (bias_before) wait_for(*bias_before, kDone);
+  if (aside && dq_before) wait_for(*dq_before, kDone);
   if (aside) bias.add_to(p, b, hk, key_begin, key_end - key_begin);
   progress->store(kDone, std::memory_order_release);
 }
@@ -82,7 +81,7 @@ void bwd_keys(const AttentionParams& p, const AttentionKernels& kernels, const A
 }  // namespace
 
 void attention_bwd_cpu(const AttentionParams& p, int threads) {
-  if (p.batch == 0 || p.nheads == 0) return;
+  if (p.batch == 0) return;
   const AttentionKernels& kernels = cpu_kernels().attention[static_cast<int>(p.type)];
   const AttentionPlan plan = kernels.plan(p);
   threads = attention_threads(p, threads);
@@ -93,14 +92,22 @@ void attention_bwd_cpu(const AttentionParams& p, int threads) {
            [&](int64_t t) { kernels.bwd_delta(p, t / p.nheads, t % p.nheads); });
 
   // Heads change fastest, so that the task before in the same head is long past; it must be handed
-  // out earlier in any case, or waiting could not end.
+  // out earlier in any case, or waiting could not end. Where all keys share a bias, a head must be
+  // through with all of its blocks before the next one adds: then blocks change fastest.
+  const bool keys_share = p.dbias.data && p.dbias.stride[3] == 0;
   std::unique_ptr<Counter[]> progress(new Counter[key_blocks * heads]());
+  const auto of = [&](int64_t head, int64_t block) {
+    return &progress[keys_share ? head * key_blocks + block : block * heads + head];
+  };
   for_each(threads, key_blocks * heads, [&](int64_t t) {
-    const int64_t b = t % heads / p.nheads_k, hk = t % heads % p.nheads_k;
+    const int64_t head = keys_share ? t / key_blocks : t % heads;
+    const int64_t block = keys_share ? t % key_blocks : t / heads;
+    const int64_t before = head_before_in_bias(p, head);
+    const Counter* bias_before =
+        before < 0 ? nullptr : of(before, keys_share ? key_blocks - 1 : block);
     float* scratch = scratch_buffer().floats(plan.bwd_scratch + p.groups() * plan.bwd_key_block);
-    bwd_keys(p, kernels, plan, b, hk, t / heads * plan.bwd_key_block,
-             t >= heads ? &progress[t - heads] : nullptr,
-             task_before_in_bias(p, t, b, hk, progress.get()), &progress[t], scratch);
+    bwd_keys(p, kernels, plan, head / p.nheads_k, head % p.nheads_k, block * plan.bwd_key_block,
+             block > 0 ? of(head, block - 1) : nullptr, bias_before, of(head, block), scratch);
   });
 
   if (p.dsinks) {

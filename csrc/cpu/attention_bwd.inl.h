@@ -76,6 +76,11 @@ struct BwdScratch {
   }
 };
 
+// lse in units of log2, as it was before it was rounded.
+inline double unrounded_lse(const AttentionParams& p, int64_t flat) {
+  return p.lse[flat] * kLog2EDouble + p.lse_rest[flat];
+}
+
 template <class T>
 void attention_bwd_delta(const AttentionParams& p, int64_t b, int64_t h) {
   for (int64_t i = 0; i < p.seqlen_q; ++i) {
@@ -102,7 +107,7 @@ void attention_bwd_sinks(const AttentionParams& p, int64_t h) {
     for (int64_t i = 0; i < p.seqlen_q; ++i) {
       const int64_t at = (b * p.nheads + h) * p.seqlen_q + i;
       if (sink == -kInfinity) continue;
-      total -= exp2_scalar(sink - p.lse[at] * kLog2E) * p.delta[at];
+      total -= exp2_scalar(static_cast<float>(sink - unrounded_lse(p, at))) * p.delta[at];
     }
   }
   p.dsinks[h] = static_cast<float>(total);
@@ -137,8 +142,11 @@ class RowGradient {
   RowGradient(const HeadRows& rows, int64_t row, int64_t key, Columns columns, float factor)
       : p_(rows.p), key_(key), scale_(broadcast(factor)) {
     const int64_t flat = rows.flat(row);
-    const float lse = p_.lse[flat];
-    shift_ = broadcast(lse == -kInfinity ? -kInfinity : -lse * kLog2E);
+    const double lse = unrounded_lse(p_, flat);
+    // A row that saw nothing has no scores but -inf; what keeps it so is any number.
+    const float high = lse == -kInfinity ? 0.0f : static_cast<float>(lse);
+    shift_ = broadcast(-high);
+    rest_ = broadcast(lse == -kInfinity ? 0.0f : static_cast<float>(lse - high));
     delta_ = broadcast(p_.delta[flat]);
     if (p_.dropout_threshold) {
       for (int64_t c = columns.begin; c < columns.end; ++c) kept_[c] = 1.0f;
@@ -153,7 +161,7 @@ class RowGradient {
 
   template <int kDegree>
   void step(int64_t c, const float* s, const float* dp, const float* slope, Vec* weight, Vec* ds) {
-    Vec w = exp2<kDegree>(fma(load(s + c), scale_, shift_));
+    Vec w = exp2<kDegree>(fma(load(s + c), scale_, shift_) - rest_);
     Vec dw = load(dp + c);
     if (p_.dropout_threshold) {
       const Vec kept = load(kept_ + c);
@@ -183,7 +191,7 @@ class RowGradient {
   const AttentionParams& p_;
   int64_t key_;
   float* dbias_;
-  Vec scale_, shift_, delta_;
+  Vec scale_, shift_, rest_, delta_;
   alignas(64) float kept_[kMaxKeyBlock];
 };
 

@@ -11,6 +11,16 @@
 
 namespace fastattn::FASTATTN_ISA {
 
+// How many keys ahead memory is asked for: about 2 us of reading, so that the two streams K and V
+// never start cold after each other's block.
+constexpr int64_t kAhead = 32;
+
+template <class T>
+void prefetch_row(const T* row, int64_t n) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t c = 0; c < n; c += kLine) __builtin_prefetch(row + c);
+}
+
 // Scores of kWidth keys and one row; keys from `n` on repeat the last one and are masked later.
 template <class Math, class T>
 Vec dot_products(const T* q, const T* k, int64_t k_stride, int64_t n, int64_t head_dim) {
@@ -21,6 +31,7 @@ Vec dot_products(const T* q, const T* k, int64_t k_stride, int64_t n, int64_t he
 #pragma GCC unroll 4
   for (int j = 0; j < kWidth; ++j) {
     const T* key = k + smaller(j, n - 1) * k_stride;
+    prefetch_row(key + kAhead * k_stride, head_dim);
     Vec s = zero();
     for (int64_t d = 0; d < whole; d += kStepValues) {
       s = Math::mul_add(Math::load_row(q + d, kStepValues), Math::load_row(key + d, kStepValues),
@@ -49,6 +60,7 @@ void weighted_sum(const float* weights, int64_t begin, int64_t end, const T* v, 
   const bool whole = columns == kVecs * kWidth;
   for (int64_t c = begin; c < end; ++c) {
     const T* row = v + c * v_stride;
+    prefetch_row(row + kAhead * v_stride, columns);
     Vec x[kVecs];
     for (int j = 0; j < kVecs; ++j) {
       const int n = columns - j * kWidth;

@@ -105,6 +105,13 @@ float sink_log2(const AttentionParams& p, int64_t h) {
                        : sum(load(static_cast<const T*>(p.sinks.data) + at, 1)));
 }
 
+// lse = ln(l 2^m), and its rest: one rounding of lse would be a factor on every weight in backward.
+inline void store_lse(const AttentionParams& p, int64_t flat, float m, float l) {
+  const double exact = m + __builtin_log2(l);
+  p.lse[flat] = l == 0.0f ? -kInfinity : static_cast<float>(exact * kLn2);
+  p.lse_rest[flat] = l == 0.0f ? 0.0f : static_cast<float>(exact - p.lse[flat] * kLog2EDouble);
+}
+
 // out = O / l and lse = ln(l 2^m), after one more step of the online softmax for the sink.
 template <class T>
 void finish_row(const HeadRows& rows, int64_t row, float m, float l, const float* o) {
@@ -118,9 +125,7 @@ void finish_row(const HeadRows& rows, int64_t row, float m, float l, const float
   } else if (sink != -kInfinity) {
     l += exp2_scalar(sink - m);
   }
-  if (p.lse) {
-    p.lse[rows.flat(row)] = l == 0.0f ? -kInfinity : kLn2 * (m + __builtin_log2f(l));
-  }
+  if (p.lse) store_lse(p, rows.flat(row), m, l);
   const Vec by = broadcast(l == 0.0f ? 0.0f : weight / l);
   T* out = rows.at<T>(p.out, row);
   for (int64_t c = 0; c < p.head_dim_v; c += kWidth) {

@@ -11,7 +11,8 @@ constexpr int64_t kMaxKeyBlock = 256;
 static_assert(kMaxKeyBlock < kTileStride, "a row of scores fits into a tile");
 
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
+constexpr double kLog2EDouble = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
 constexpr float kInfinity = __builtin_inff();
 
 // The rows of one KV head: row r is query r / groups of head hk * groups + r % groups.

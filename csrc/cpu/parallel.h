@@ -85,7 +85,7 @@ class Buffer {
 };
 
 // What a buffer may keep between calls.
-constexpr size_t kKeptBytes = size_t{8} << 20;
+constexpr size_t kKeptBytes = size_t{4} << 20;
 
 // The calling worker's own.
 inline Buffer& scratch_buffer() {

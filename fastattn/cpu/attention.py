@@ -23,18 +23,27 @@ def unsupported(call: Any) -> str | None:
     return None
 
 
-def attention_fwd(call: Any, need_lse: bool = True) -> tuple[Tensor, Tensor | None]:
-    """out [B, Sq, H, Dv] in q's type and, where it is needed, lse [B, H, Sq] in float32."""
+def attention_fwd(call: Any, need_lse: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """out [B, Sq, H, Dv] in q's type and, where they are needed, lse and lse_rest [B, H, Sq]."""
     q = call[0]
     batch, seqlen_q, nheads, _ = q.shape
     out = torch.empty(batch, seqlen_q, nheads, call[2].shape[3], dtype=q.dtype)
-    lse = torch.empty(batch, nheads, seqlen_q, dtype=torch.float32) if need_lse else None
-    core.attention_fwd(*_arguments(call, out, lse), torch.get_num_threads())
-    return out, lse
+    lse = lse_rest = None
+    if need_lse:
+        lse = torch.empty(batch, nheads, seqlen_q, dtype=torch.float32)
+        lse_rest = torch.empty_like(lse)
+    core.attention_fwd(*_arguments(call, out, lse, lse_rest), torch.get_num_threads())
+    return out, lse, lse_rest
 
 
 def attention_bwd(
-    dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, call: Any, need_dbias: bool
+    dout: Tensor,
+    dlse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lse_rest: Tensor,
+    call: Any,
+    need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dbias and dsinks; the last two are empty where they are not asked for."""
     q, k, v, _, bias, _, sinks = call[:7]
@@ -56,7 +65,7 @@ def attention_bwd(
         delta.data_ptr(),
         _strided(dq_sum),
     )
-    core.attention_bwd(*_arguments(call, out, lse), gradients, torch.get_num_threads())
+    core.attention_bwd(*_arguments(call, out, lse, lse_rest), gradients, torch.get_num_threads())
     if need_dbias:
         dbias = dbias.to(bias.dtype)
     if sinks is not None:
@@ -64,7 +73,7 @@ def attention_bwd(
     return dq, dk, dv, dbias, dsinks
 
 
-def _arguments(call: Any, out: Tensor, lse: Tensor | None) -> tuple[Any, ...]:
+def _arguments(call: Any, out: Tensor, lse: Tensor | None, lse_rest: Tensor | None) -> tuple[Any, ...]:
     """sizes, types, tensors and options, in the order of csrc/attention.cpp."""
     q, k, v, mask, bias, alibi_slopes, sinks, seed, scale, left, right, softcap, dropout_p = call
     batch, seqlen_q, nheads, head_dim = q.shape
@@ -87,6 +96,7 @@ def _arguments(call: Any, out: Tensor, lse: Tensor | None) -> tuple[Any, ...]:
             None if alibi_slopes is None else _strided(alibi_slopes),
             None if sinks is None else _strided(sinks),
             None if lse is None else lse.data_ptr(),
+            None if lse_rest is None else lse_rest.data_ptr(),
         ),
         (
             scale,

@@ -278,6 +278,7 @@ class _CpuKernels:
                 torch.zeros_like(logsumexp, memory_format=torch.contiguous_format),
                 out.transpose(1, 2),
                 logsumexp.contiguous(),
+                torch.zeros_like(logsumexp, memory_format=torch.contiguous_format),
                 *call,
                 False,
                 dispatch.DEFAULT,

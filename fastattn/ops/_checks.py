@@ -1,9 +1,13 @@
 """Argument checks that ops share. Each names the argument, what was given and what is allowed."""
 
+import operator
+
 import torch
 from torch import Tensor
 
 from fastattn import dropout
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensor(name: str, x: object) -> None:
@@ -17,6 +21,7 @@ def check_device(name: str, x: Tensor, q: Tensor) -> None:
 
 
 def check_type(name: str, x: Tensor, q: Tensor) -> None:
+    check_tensor(name, x)
     if x.dtype is not q.dtype and x.dtype is not torch.float32:
         raise TypeError(f"{name} must be in q's type {q.dtype} or float32, got {x.dtype}")
 
@@ -28,6 +33,115 @@ def check_seed(seed: int | Tensor | None) -> Tensor:
         if seed.dtype is not torch.int64 or seed.ndim != 0:
             raise TypeError(f"seed must be an int64 tensor of shape [], got {seed.dtype} {list(seed.shape)}")
         return seed
+    if not isinstance(seed, int):
+        raise TypeError(f"seed must be an int or an int64 tensor of shape [], got {type(seed).__name__}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
     return torch.tensor(seed, dtype=torch.int64)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+    """Returns (B, H, Sq, Sk). Good input passes one condition; the rest finds out what is wrong."""
+    is_tensor = isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
+    if is_tensor and q.ndim == k.ndim == v.ndim == 4:
+        batch, seqlen_q, nheads, head_dim = q.shape
+        batch_k, seqlen_k, nheads_k, head_dim_k = k.shape
+        batch_v, seqlen_v, nheads_v, head_dim_v = v.shape
+        if (
+            batch == batch_k == batch_v
+            and seqlen_k == seqlen_v
+            and nheads_k == nheads_v
+            and (nheads == nheads_k or (nheads_k and nheads % nheads_k == 0))
+            and head_dim == head_dim_k > 0
+            and head_dim_v > 0
+            and q.dtype is k.dtype is v.dtype
+            and q.dtype in _TYPES
+            and q.device == k.device == v.device
+            and (q.stride()[3] == 1 or head_dim == 1)
+            and (k.stride()[3] == 1 or head_dim == 1)
+            and (v.stride()[3] == 1 or head_dim_v == 1)
+        ):
+            return batch, nheads, seqlen_q, seqlen_k
+    raise _qkv_error(q, k, v)
+
+
+def _qkv_error(q: Tensor, k: Tensor, v: Tensor) -> Exception:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
+        if x.ndim != 4:
+            layout = "[B, Sq, H, D]" if name == "q" else "[B, Sk, Hk, D]"
+            return ValueError(f"{name} must have 4 dimensions {layout}, got shape {list(x.shape)}")
+        if x.dtype is not q.dtype:
+            return TypeError(f"q, k and v must share one type, got q {q.dtype} and {name} {x.dtype}")
+        if x.device != q.device:
+            return ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+        if x.stride(3) != 1 and x.shape[3] > 1:
+            return ValueError(
+                f"the last stride of {name} must be 1, got strides {list(x.stride())}; "
+                f"{name}.contiguous() makes it so"
+            )
+    if q.dtype not in _TYPES:
+        return TypeError(f"q must be float32, bfloat16, float16 or float64, got {q.dtype}")
+    batches, lengths, heads, dims = zip(q.shape, k.shape, v.shape, strict=True)
+    if len(set(batches)) > 1:
+        return ValueError(f"q, k and v must share the batch size B, got {batches}")
+    if dims[0] != dims[1]:
+        return ValueError(f"q and k must share the head dim D, got {dims[0]} and {dims[1]}")
+    if 0 in dims:
+        return ValueError(f"head dims must be at least 1, got D {dims[0]} and Dv {dims[2]}")
+    if lengths[1] != lengths[2]:
+        return ValueError(f"k and v must share the length Sk, got {lengths[1]} and {lengths[2]}")
+    if heads[1] != heads[2]:
+        return ValueError(f"k and v must share the number of heads Hk, got {heads[1]} and {heads[2]}")
+    return ValueError(f"H must be a multiple of Hk, got H {heads[0]} (q) and Hk {heads[1]} (k, v)")
+
+
+def check_scores(name: str, x: Tensor, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """A tensor that broadcasts to the scores, in rank 4."""
+    check_device(name, x, q)
+    batch, nheads, seqlen_q, seqlen_k = shape
+    if x.ndim > 4 or any(
+        have not in (1, want) for have, want in zip(reversed(x.shape), reversed(shape), strict=False)
+    ):
+        raise ValueError(
+            f"{name} must broadcast to [B, H, Sq, Sk] = "
+            f"[{batch}, {nheads}, {seqlen_q}, {seqlen_k}], got shape {list(x.shape)}"
+        )
+    if x.ndim < 4:
+        x = x.reshape((1,) * (4 - x.ndim) + tuple(x.shape))
+    if x.shape[3] > 1 and x.stride(3) != 1:
+        # Only a key dimension that is not laid out row by row is copied; broadcasts never are, except
+        # where each position has a gradient of its own.
+        if not x.requires_grad:
+            x = x[tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())]
+        x = x.contiguous()
+    return x
+
+
+def check_alibi(slopes: Tensor, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """The slopes as [B, H], batch stride 0 where all sequences share them."""
+    check_tensor("alibi_slopes", slopes)
+    batch, nheads = shape[:2]
+    if slopes.dtype is not torch.float32:
+        raise TypeError(f"alibi_slopes must be float32, got {slopes.dtype}")
+    check_device("alibi_slopes", slopes, q)
+    if tuple(slopes.shape) not in ((nheads,), (batch, nheads)):
+        raise ValueError(
+            f"alibi_slopes must have shape [H] = [{nheads}] or [B, H] = [{batch}, {nheads}], "
+            f"got {list(slopes.shape)}"
+        )
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("alibi_slopes must not require a gradient; a bias can be learned instead")
+    return slopes.expand(batch, nheads)
+
+
+def check_window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
+    if window_size == (-1, -1):
+        return -1, (0 if causal else -1)
+    try:
+        left, right = (operator.index(side) for side in window_size)
+    except (TypeError, ValueError):
+        left = right = -2
+    if left < -1 or right < -1:
+        raise ValueError(f"window_size must be two integers >= -1 (-1 = unbounded), got {window_size}")
+    return left, (0 if causal else right)

@@ -7,9 +7,16 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch, dropout
-from fastattn.ops._checks import check_device, check_seed, check_tensor, check_type
-
-_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from fastattn.ops._checks import (
+    check_alibi,
+    check_device,
+    check_qkv,
+    check_scores,
+    check_seed,
+    check_tensor,
+    check_type,
+    check_window,
+)
 
 
 class Call(NamedTuple):
@@ -88,29 +95,42 @@ def attention(
     """
     if backend is None:
         backend = dispatch.DEFAULT
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if torch._C._is_any_autocast_enabled():
+        q, k, v = _autocast(q), _autocast(k), _autocast(v)
     call = check(
         q, k, v, causal, window_size, softmax_scale, softcap, alibi_slopes, mask, bias, sinks,
         dropout_p, seed,
     )  # fmt: skip
     if backend == dispatch.REFERENCE:
         out, lse = attention_reference(call)
-    elif torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (sinks is not None and sinks.requires_grad)
-    ):
-        out, lse = _Attention.apply(*call, backend)  # type: ignore[no-untyped-call]
+    elif _needs_gradient(call) or dispatch.in_forward_mode():
+        out, lse, _ = _Attention.apply(*call, backend)  # type: ignore[no-untyped-call]
     elif dispatch.must_trace() or type(q) is not Tensor:
-        out, lse = _OP_FWD(*call, backend)
+        out, lse, _ = _OP_FWD(*call, backend)
     else:
         module = dispatch.choose("attention", backend, q.device, call)
-        out, lse = module.attention_fwd(call, return_lse)
+        out, lse, _ = module.attention_fwd(call, return_lse)
     return (out, lse) if return_lse else out
+
+
+def _needs_gradient(call: Call) -> bool:
+    return torch.is_grad_enabled() and (
+        call.q.requires_grad
+        or call.k.requires_grad
+        or call.v.requires_grad
+        or (call.bias is not None and call.bias.requires_grad)
+        or (call.sinks is not None and call.sinks.requires_grad)
+    )
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """What torch's autocast does to the inputs of a matrix product: float64 and integers stay."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype is torch.float64:
+        return x
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def check(
@@ -129,16 +149,17 @@ def check(
     seed: int | Tensor | None = None,
 ) -> Call:
     """Raises on a bad argument of `attention`, or returns the call in its normal form."""
-    shape = _check_qkv(q, k, v)
+    shape = check_qkv(q, k, v)
     if mask is not None:
+        check_tensor("mask", mask)
         if mask.dtype is not torch.bool:
             raise TypeError(f"mask must be bool (True = attend), got {mask.dtype}; bias adds to scores")
-        mask = _check_scores("mask", mask, q, shape)
+        mask = check_scores("mask", mask, q, shape)
     if bias is not None:
         check_type("bias", bias, q)
-        bias = _check_scores("bias", bias, q, shape)
+        bias = check_scores("bias", bias, q, shape)
     if alibi_slopes is not None:
-        alibi_slopes = _check_alibi(alibi_slopes, q, shape)
+        alibi_slopes = check_alibi(alibi_slopes, q, shape)
     if sinks is not None:
         check_type("sinks", sinks, q)
         check_device("sinks", sinks, q)
@@ -150,7 +171,7 @@ def check(
         raise ValueError(f"softmax_scale must be finite and at least 0, got {softmax_scale}")
     if not 0.0 <= softcap < math.inf:
         raise ValueError(f"softcap must be finite and at least 0 (0 = none), got {softcap}")
-    left, right = _check_window(window_size, causal)
+    left, right = check_window(window_size, causal)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     checked_seed = check_seed(seed) if dropout_p > 0.0 or seed is not None else None
@@ -160,109 +181,11 @@ def check(
     )  # fmt: skip
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
-    """Returns (B, H, Sq, Sk). Good input passes one condition; the rest finds out what is wrong."""
-    is_tensor = isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
-    if is_tensor and q.ndim == k.ndim == v.ndim == 4:
-        batch, seqlen_q, nheads, head_dim = q.shape
-        batch_k, seqlen_k, nheads_k, head_dim_k = k.shape
-        batch_v, seqlen_v, nheads_v, head_dim_v = v.shape
-        if (
-            batch == batch_k == batch_v
-            and seqlen_k == seqlen_v
-            and nheads_k == nheads_v
-            and (nheads == nheads_k or (nheads_k and nheads % nheads_k == 0))
-            and head_dim == head_dim_k > 0
-            and head_dim_v > 0
-            and q.dtype is k.dtype is v.dtype
-            and q.dtype in _TYPES
-            and q.device == k.device == v.device
-            and (q.stride()[3] == 1 or head_dim == 1)
-            and (k.stride()[3] == 1 or head_dim == 1)
-            and (v.stride()[3] == 1 or head_dim_v == 1)
-        ):
-            return batch, nheads, seqlen_q, seqlen_k
-    raise _qkv_error(q, k, v)
-
-
-def _qkv_error(q: Tensor, k: Tensor, v: Tensor) -> Exception:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, x)
-        if x.ndim != 4:
-            layout = "[B, Sq, H, D]" if name == "q" else "[B, Sk, Hk, D]"
-            return ValueError(f"{name} must have 4 dimensions {layout}, got shape {list(x.shape)}")
-        if x.dtype is not q.dtype:
-            return TypeError(f"q, k and v must share one type, got q {q.dtype} and {name} {x.dtype}")
-        if x.device != q.device:
-            return ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-        if x.stride(3) != 1 and x.shape[3] > 1:
-            return ValueError(
-                f"the last stride of {name} must be 1, got strides {list(x.stride())}; "
-                f"{name}.contiguous() makes it so"
-            )
-    if q.dtype not in _TYPES:
-        return TypeError(f"q must be float32, bfloat16, float16 or float64, got {q.dtype}")
-    batches, lengths, heads, dims = zip(q.shape, k.shape, v.shape, strict=True)
-    if len(set(batches)) > 1:
-        return ValueError(f"q, k and v must share the batch size B, got {batches}")
-    if dims[0] != dims[1]:
-        return ValueError(f"q and k must share the head dim D, got {dims[0]} and {dims[1]}")
-    if 0 in dims:
-        return ValueError(f"head dims must be at least 1, got D {dims[0]} and Dv {dims[2]}")
-    if lengths[1] != lengths[2]:
-        return ValueError(f"k and v must share the length Sk, got {lengths[1]} and {lengths[2]}")
-    if heads[1] != heads[2]:
-        return ValueError(f"k and v must share the number of heads Hk, got {heads[1]} and {heads[2]}")
-    return ValueError(f"H must be a multiple of Hk, got H {heads[0]} (q) and Hk {heads[1]} (k, v)")
-
-
-def _check_scores(name: str, x: Tensor, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """A tensor that broadcasts to the scores, in rank 4."""
-    check_device(name, x, q)
-    batch, nheads, seqlen_q, seqlen_k = shape
-    if x.ndim > 4 or any(
-        have not in (1, want) for have, want in zip(reversed(x.shape), reversed(shape), strict=False)
-    ):
-        raise ValueError(
-            f"{name} must broadcast to [B, H, Sq, Sk] = "
-            f"[{batch}, {nheads}, {seqlen_q}, {seqlen_k}], got shape {list(x.shape)}"
-        )
-    if x.ndim < 4:
-        x = x.reshape((1,) * (4 - x.ndim) + tuple(x.shape))
-    if x.shape[3] > 1 and x.stride(3) != 1:
-        # Only a key dimension that is not laid out row by row is copied; broadcasts never are.
-        x = x[..., :1] if x.stride(3) == 0 else x.contiguous()
-    return x
-
-
-def _check_alibi(slopes: Tensor, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """The slopes as [B, H], batch stride 0 where all sequences share them."""
-    batch, nheads = shape[:2]
-    if slopes.dtype is not torch.float32:
-        raise TypeError(f"alibi_slopes must be float32, got {slopes.dtype}")
-    check_device("alibi_slopes", slopes, q)
-    if tuple(slopes.shape) not in ((nheads,), (batch, nheads)):
-        raise ValueError(
-            f"alibi_slopes must have shape [H] = [{nheads}] or [B, H] = [{batch}, {nheads}], "
-            f"got {list(slopes.shape)}"
-        )
-    if slopes.requires_grad and torch.is_grad_enabled():
-        raise ValueError("alibi_slopes must not require a gradient; a bias can be learned instead")
-    return slopes.expand(batch, nheads)
-
-
-def _check_window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
-    left, right = window_size
-    if left < -1 or right < -1 or left != int(left) or right != int(right):
-        raise ValueError(f"window_size must be two integers >= -1 (-1 = unbounded), got {window_size}")
-    return left, (0 if causal else right)
-
-
 def attention_reference(call: Call) -> tuple[Tensor, Tensor]:
     """The definition, in plain PyTorch and the inputs' own type; differentiable. O(Sq * Sk) memory."""
     q, k, v = (x.transpose(1, 2) for x in call[:3])
     groups = q.shape[1] // max(k.shape[1], 1)
-    if groups > 1:
+    if groups != 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     batch, nheads, seqlen_q, _ = q.shape
     seqlen_k = k.shape[2]
@@ -314,36 +237,40 @@ _CALL_SCHEMA = (
     "Tensor? seed, float softmax_scale, int window_left, int window_right, float softcap, float dropout_p"
 )
 _LIB = torch.library.Library("fastattn", "FRAGMENT")
-_LIB.define(f"attention_fwd({_CALL_SCHEMA}, str backend) -> (Tensor out, Tensor lse)")
+# lse_rest is what float32 takes from lse, in units of log2: backward recomputes the weights from their
+# sum, since lse alone would put its rounding error on all of them.
+_LIB.define(f"attention_fwd({_CALL_SCHEMA}, str backend) -> (Tensor out, Tensor lse, Tensor lse_rest)")
 _LIB.define(
-    f"attention_bwd(Tensor dout, Tensor dlse, Tensor out, Tensor lse, {_CALL_SCHEMA}, bool need_dbias, "
-    "str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
+    f"attention_bwd(Tensor dout, Tensor dlse, Tensor out, Tensor lse, Tensor lse_rest, {_CALL_SCHEMA}, "
+    "bool need_dbias, str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 )
 
 
-def _fwd(*args: Any) -> tuple[Tensor, Tensor]:
+def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(*args[:-1])
     module = dispatch.choose("attention", args[-1], call.q.device, call)
     return module.attention_fwd(call)  # type: ignore[no-any-return]
 
 
-def _fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
+def _fwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(*args[:-1])
     batch, seqlen_q, nheads, _ = call.q.shape
     out = call.q.new_empty((batch, seqlen_q, nheads, call.v.shape[3]))
-    return out, call.q.new_empty((batch, nheads, seqlen_q), dtype=torch.float32)
+    lse, lse_rest = (call.q.new_empty((batch, nheads, seqlen_q), dtype=torch.float32) for _ in range(2))
+    return out, lse, lse_rest
 
 
-def _bwd(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    call, need_dbias, backend = Call(*args[:-2]), args[-2], args[-1]
+def _bwd(*args: Any) -> tuple[Tensor, ...]:
+    call, need_dbias, backend = Call(*args[5:-2]), args[-2], args[-1]
     module = dispatch.choose("attention", backend, call.q.device, call)
-    return module.attention_bwd(dout, dlse, out, lse, call, need_dbias)  # type: ignore[no-any-return]
+    return module.attention_bwd(*args[:5], call, need_dbias)  # type: ignore[no-any-return]
 
 
-def _bwd_fake(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    call, need_dbias = Call(*args[:-2]), args[-2]
-    dbias = call.bias.new_empty(call.bias.shape) if need_dbias else call.q.new_empty((0,))  # type: ignore[union-attr]
-    dsinks = call.sinks.new_empty(call.sinks.shape) if call.sinks is not None else call.q.new_empty((0,))
+def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
+    call, need_dbias = Call(*args[5:-2]), args[-2]
+    nothing = call.q.new_empty((0,))
+    dbias = nothing if call.bias is None or not need_dbias else call.bias.new_empty(call.bias.shape)
+    dsinks = nothing if call.sinks is None else call.sinks.new_empty(call.sinks.shape)
     dq, dk, dv = (x.new_empty(x.shape) for x in call[:3])
     return dq, dk, dv, dbias, dsinks
 
@@ -356,28 +283,51 @@ _OP_FWD = torch.ops.fastattn.attention_fwd.default
 _OP_BWD = torch.ops.fastattn.attention_bwd.default
 
 
+class _AttentionBackward(torch.autograd.Function):
+    """Stands in the graph of the gradients so that a second derivative is refused, and not 0.
+
+    `once_differentiable` does so too, but not under torch.func.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _OP_BWD(*args)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise NotImplementedError("fastattn.attention has no second derivative; backend='reference' has one")
+
+
 class _Attention(torch.autograd.Function):
     """Stands outside the op and is used only when a gradient is needed."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         return _OP_FWD(*args)  # type: ignore[no-any-return]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(*inputs[:8], *output)
         ctx.scalars = inputs[8:13]
         ctx.backend = inputs[13]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, out, lse = ctx.saved_tensors
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse, lse_rest = ctx.saved_tensors
         need_dbias = ctx.needs_input_grad[4]
-        dq, dk, dv, dbias, dsinks = _OP_BWD(
-            dout, dlse, out, lse, *tensors, *ctx.scalars, need_dbias, ctx.backend
+        differentiated = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        run: Any = _AttentionBackward.apply if differentiated else _OP_BWD
+        dq, dk, dv, dbias, dsinks = run(
+            dout, dlse, out, lse, lse_rest, *tensors, *ctx.scalars, need_dbias, ctx.backend
         )
         bias = dbias if need_dbias else None
         sinks = dsinks if ctx.needs_input_grad[6] else None
