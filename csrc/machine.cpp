@@ -64,6 +64,17 @@ double read_bandwidth(int64_t megabytes, int threads, double seconds) {
   return best;
 }
 
+// Reads so many bytes from an address on, each thread its share: what a kernel that is bound by
+// reading the same memory can be held against.
+void read_pass(uintptr_t address, int64_t bytes, int threads) {
+  const py::gil_scoped_release release;
+  const float* data = reinterpret_cast<const float*>(address);
+  const int64_t share = bytes / 4 / threads;
+  std::atomic<float> sink{0.0f};
+  parallel(threads,
+           [&](int thread) { sink.store(cpu_kernels().read_all(data + thread * share, share)); });
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
@@ -89,6 +100,7 @@ void bind_machine(py::module_& m) {
   m.def("fma_peak", &fma_peak, py::arg("bf16"), py::arg("threads"), py::arg("seconds"));
   m.def("read_bandwidth", &read_bandwidth, py::arg("megabytes"), py::arg("threads"),
         py::arg("seconds"));
+  m.def("read_pass", &read_pass, py::arg("address"), py::arg("bytes"), py::arg("threads"));
   m.def("build_info", &build_info);
 }
 

@@ -21,6 +21,7 @@ from fastattn.testing.roof import Roof
 from fastattn.testing.timing import Spread, race
 
 OURS = "fastattn"
+READ = "read"  # a pass over k and v, which takes part in decode as one more peer
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ class Row:
         return (self.bytes if self.is_decode else self.flops) / self.seconds[OURS].median / 1e9
 
     def share(self, top: Roof | None) -> float | None:
-        """Of the roof: FMA peak of the type, or read bandwidth for decode."""
+        """Of the roof: FMA peak of the type; for decode, of a plain read that took turns with it."""
+        if READ in self.ratios:
+            return self.ratios[READ].median
         if top is None or not self.seconds:
             return None
         return self.speed / (top.read_gbs if self.is_decode else top.gflops(self.dtype))
@@ -141,6 +144,8 @@ def measure_case(case: Case, peers: list[str], budget: float, min_rounds: int = 
     except (AssertionError, NotImplementedError) as error:
         return Row(**facts, failure=str(error))
     calls = {peer: [cases.bind(peer, case, x) for x in copies] for peer in peers}
+    if case.is_decode and core is not None:
+        calls[READ] = [cases.bind_read(core, x) for x in copies]
     timing = race(calls, budget, min_rounds)
     return Row(**facts, errors=errors, seconds=timing.seconds, ratios=timing.ratios, rounds=timing.rounds)
 
@@ -256,8 +261,8 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "columns:\n"
         "  case     [B,H,S,D], KV heads after a slash\n"
         "  time     of one call of ours, the median\n"
-        "  of roof  share of the FMA peak (fp16: of fp32's), for decode of the read bandwidth,\n"
-        "           both measured in this run\n"
+        "  of roof  share of the FMA peak (fp16: of fp32's) as measured in this run; for decode,\n"
+        "           of the speed of a plain read of the same k and v, which takes turns with it\n"
         "  error    the largest absolute one, over the output and the gradients",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -28,27 +28,24 @@ int64_t head_before_in_bias(const AttentionParams& p, int64_t head) {
 // summed on the side, [heads of a KV head, keys of a block], and join the others once, in order.
 struct BiasSums {
   float* sums;
-  int64_t keys, head_stride, key_stride;
+  int64_t keys, head_stride;
 
   AttentionParams redirect(AttentionParams p, int64_t hk, int64_t key_begin) {
     std::fill(sums, sums + p.groups() * keys, 0.0f);
     head_stride = p.dbias.stride[1] ? keys : 0;
-    key_stride = p.dbias.stride[3] ? 1 : 0;
     // The kernel counts heads and keys from 0.
-    const int64_t before = hk * p.groups() * head_stride + key_begin * key_stride;
+    const int64_t before = hk * p.groups() * head_stride + key_begin;
     p.dbias.data = reinterpret_cast<void*>(reinterpret_cast<intptr_t>(sums) - before * 4);
     p.dbias.stride[0] = 0;
     p.dbias.stride[1] = head_stride;
-    p.dbias.stride[3] = key_stride;
     return p;
   }
 
   void add_to(const AttentionParams& p, int64_t b, int64_t hk, int64_t key_begin, int64_t n) const {
-    const int64_t heads = head_stride ? p.groups() : 1, columns = key_stride ? n : 1;
-    for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t h = 0; h < (head_stride ? p.groups() : 1); ++h) {
       float* to = static_cast<float*>(p.dbias.data) + b * p.dbias.stride[0] +
-                  (hk * p.groups() + h) * p.dbias.stride[1] + key_begin * p.dbias.stride[3];
-      for (int64_t c = 0; c < columns; ++c) to[c] += sums[h * head_stride + c];
+                  (hk * p.groups() + h) * p.dbias.stride[1] + key_begin;
+      for (int64_t c = 0; c < n; ++c) to[c] += sums[h * head_stride + c];
     }
   }
 };
@@ -57,7 +54,7 @@ void bwd_keys(const AttentionParams& p, const AttentionKernels& kernels, const A
               int64_t b, int64_t hk, int64_t key_begin, const Counter* dq_before,
               const Counter* bias_before, Counter* progress, float* scratch) {
   const int64_t key_end = std::min(key_begin + plan.bwd_key_block, p.seqlen_k);
-  BiasSums bias = {scratch + plan.bwd_scratch, plan.bwd_key_block, 0, 0};
+  BiasSums bias = {scratch + plan.bwd_scratch, plan.bwd_key_block, 0};
   const bool aside = p.dbias.data && p.dbias.stride[2] == 0;
   const AttentionParams mine = aside ? bias.redirect(p, hk, key_begin) : p;
 
@@ -73,15 +70,17 @@ void bwd_keys(const AttentionParams& p, const AttentionKernels& kernels, const A
   }
   kernels.bwd_end(p, b, hk, key_begin, scratch);
   if (bias_before) wait_for(*bias_before, kDone);
-  if (aside && dq_before) wait_for(*dq_before, kDone);
   if (aside) bias.add_to(p, b, hk, key_begin, key_end - key_begin);
   progress->store(kDone, std::memory_order_release);
 }
 
 }  // namespace
 
-void attention_bwd_cpu(const AttentionParams& p, int threads) {
-  if (p.batch == 0) return;
+void attention_bwd_cpu(const AttentionParams& call, int threads) {
+  if (call.batch == 0) return;
+  AttentionParams p = call;
+  const bool keys_share = p.dbias.data && p.dbias.stride[3] == 0;
+  if (keys_share) p.dbias.data = nullptr;  // it follows from delta, without the scores
   const AttentionKernels& kernels = cpu_kernels().attention[static_cast<int>(p.type)];
   const AttentionPlan plan = kernels.plan(p);
   threads = attention_threads(p, threads);
@@ -92,24 +91,17 @@ void attention_bwd_cpu(const AttentionParams& p, int threads) {
            [&](int64_t t) { kernels.bwd_delta(p, t / p.nheads, t % p.nheads); });
 
   // Heads change fastest, so that the task before in the same head is long past; it must be handed
-  // out earlier in any case, or waiting could not end. Where all keys share a bias, a head must be
-  // through with all of its blocks before the next one adds: then blocks change fastest.
-  const bool keys_share = p.dbias.data && p.dbias.stride[3] == 0;
+  // out earlier in any case, or waiting could not end.
   std::unique_ptr<Counter[]> progress(new Counter[key_blocks * heads]());
-  const auto of = [&](int64_t head, int64_t block) {
-    return &progress[keys_share ? head * key_blocks + block : block * heads + head];
-  };
   for_each(threads, key_blocks * heads, [&](int64_t t) {
-    const int64_t head = keys_share ? t / key_blocks : t % heads;
-    const int64_t block = keys_share ? t % key_blocks : t / heads;
-    const int64_t before = head_before_in_bias(p, head);
-    const Counter* bias_before =
-        before < 0 ? nullptr : of(before, keys_share ? key_blocks - 1 : block);
+    const int64_t head = t % heads, before = head_before_in_bias(p, head);
     float* scratch = scratch_buffer().floats(plan.bwd_scratch + p.groups() * plan.bwd_key_block);
-    bwd_keys(p, kernels, plan, head / p.nheads_k, head % p.nheads_k, block * plan.bwd_key_block,
-             block > 0 ? of(head, block - 1) : nullptr, bias_before, of(head, block), scratch);
+    bwd_keys(p, kernels, plan, head / p.nheads_k, head % p.nheads_k, t / heads * plan.bwd_key_block,
+             t >= heads ? &progress[t - heads] : nullptr,
+             before < 0 ? nullptr : &progress[t - head + before], &progress[t], scratch);
   });
 
+  if (keys_share) kernels.bwd_key_bias(call);
   if (p.dsinks) {
     for_each(threads, p.nheads, [&](int64_t h) { kernels.bwd_sinks(p, h); });
   }

@@ -98,19 +98,41 @@ void attention_bwd_delta(const AttentionParams& p, int64_t b, int64_t h) {
   }
 }
 
-// A sink takes weight e^(sink - lse) and gives no value, so its gradient is -weight * delta.
+// The weight that the sink takes of a row; 0 without one.
+inline float sink_weight(const AttentionParams& p, float sink, int64_t flat) {
+  return sink == -kInfinity ? 0.0f : exp2_scalar(static_cast<float>(sink - unrounded_lse(p, flat)));
+}
+
+// A sink takes its weight and gives no value, so its gradient is -weight * delta.
 template <class T>
 void attention_bwd_sinks(const AttentionParams& p, int64_t h) {
   const float sink = sink_log2<T>(p, h);
   double total = 0.0;
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t i = 0; i < p.seqlen_q; ++i) {
-      const int64_t at = (b * p.nheads + h) * p.seqlen_q + i;
-      if (sink == -kInfinity) continue;
-      total -= exp2_scalar(static_cast<float>(sink - unrounded_lse(p, at))) * p.delta[at];
+      const int64_t flat = (b * p.nheads + h) * p.seqlen_q + i;
+      total -= sink_weight(p, sink, flat) * p.delta[flat];
     }
   }
   p.dsinks[h] = static_cast<float>(total);
+}
+
+// A bias that all keys of a row share only moves the row against its sink: the sum over keys of
+// P (dP - delta) is dlse + weight of the sink * delta.
+template <class T>
+void attention_bwd_key_bias(const AttentionParams& p) {
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t h = 0; h < p.nheads; ++h) {
+      const float sink = sink_log2<T>(p, h);
+      float* dbias =
+          static_cast<float*>(p.dbias.data) + b * p.dbias.stride[0] + h * p.dbias.stride[1];
+      for (int64_t i = 0; i < p.seqlen_q; ++i) {
+        const int64_t flat = (b * p.nheads + h) * p.seqlen_q + i;
+        if (p.lse[flat] == -kInfinity) continue;
+        dbias[i * p.dbias.stride[2]] += p.dlse[flat] + sink_weight(p, sink, flat) * p.delta[flat];
+      }
+    }
+  }
 }
 
 template <class T>
@@ -180,12 +202,8 @@ class RowGradient {
   void add_bias(int64_t c, Vec ds) {
     const int n = static_cast<int>(smaller(p_.seqlen_k - key_ - c, kWidth));
     if (n <= 0) return;
-    float* to = dbias_ + (key_ + c) * p_.dbias.stride[3];
-    if (p_.dbias.stride[3]) {
-      store(to, load(to, n) + ds, n);
-    } else {
-      *to += sum(ds);
-    }
+    float* to = dbias_ + key_ + c;
+    store(to, load(to, n) + ds, n);
   }
 
   const AttentionParams& p_;

@@ -47,6 +47,8 @@ struct AttentionKernels {
   void (*bwd_end)(const AttentionParams&, int64_t b, int64_t hk, int64_t key_begin, float* scratch);
   // The gradient of one head's sink, over the batch.
   void (*bwd_sinks)(const AttentionParams&, int64_t h);
+  // The gradient of a bias that all keys share.
+  void (*bwd_key_bias)(const AttentionParams&);
   // dq of one query's heads from dq_sum.
   void (*bwd_store_dq)(const AttentionParams&, int64_t b, int64_t i);
 };

@@ -27,10 +27,10 @@ AttentionPlan attention_plan(const AttentionParams& p) {
 
 template <class T>
 constexpr AttentionKernels attention_kernels() {
-  return {attention_plan<T>,      attention_pack<T>,        attention_fwd<T>,
-          attention_fwd_few<T>,   attention_merge<T>,       attention_bwd_delta<T>,
-          attention_bwd_begin<T>, attention_bwd_rows<T>,    attention_bwd_end<T>,
-          attention_bwd_sinks<T>, attention_bwd_store_dq<T>};
+  return {attention_plan<T>,      attention_pack<T>,         attention_fwd<T>,
+          attention_fwd_few<T>,   attention_merge<T>,        attention_bwd_delta<T>,
+          attention_bwd_begin<T>, attention_bwd_rows<T>,     attention_bwd_end<T>,
+          attention_bwd_sinks<T>, attention_bwd_key_bias<T>, attention_bwd_store_dq<T>};
 }
 
 #define FASTATTN_TEXT_OF(x) #x

@@ -268,9 +268,9 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
 
 def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
     call, need_dbias = Call(*args[5:-2]), args[-2]
-    nothing = call.q.new_empty((0,))
-    dbias = nothing if call.bias is None or not need_dbias else call.bias.new_empty(call.bias.shape)
-    dsinks = nothing if call.sinks is None else call.sinks.new_empty(call.sinks.shape)
+    dbias = call.bias if need_dbias else None
+    dbias = call.q.new_empty((0,)) if dbias is None else dbias.new_empty(dbias.shape)
+    dsinks = call.q.new_empty((0,)) if call.sinks is None else call.sinks.new_empty(call.sinks.shape)
     dq, dk, dv = (x.new_empty(x.shape) for x in call[:3])
     return dq, dk, dv, dbias, dsinks
 

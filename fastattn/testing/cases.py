@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -201,6 +202,17 @@ def bind(peer: str, case: Case, x: Inputs) -> Callable[[], Tensor | Result]:
         return (out, *torch.autograd.grad(out, (q, k, v), dout))
 
     return step
+
+
+def bind_read(core: ModuleType, x: Inputs) -> Callable[[], None]:
+    """One pass over k and v: the roof of decode, on the same memory at the same moment."""
+    threads = torch.get_num_threads()
+
+    def read() -> None:
+        for t in (x.k, x.v):
+            core.read_pass(t.data_ptr(), t.numel() * t.element_size(), threads)
+
+    return read
 
 
 def check(case: Case, x: Inputs, peers: list[str]) -> dict[str, float]:
