@@ -29,7 +29,7 @@ struct Shape {
   int64_t heads, rows, blocks, block_rows, splits;
 };
 
-Shape shape_of(const AttentionParams& p, int threads) {
+Shape shape_of(const AttentionParams& p, const AttentionPlan& plan, int threads) {
   Shape s = {};
   s.heads = p.batch * p.nheads_k;
   s.rows = p.rows();
@@ -42,6 +42,10 @@ Shape shape_of(const AttentionParams& p, int threads) {
     s.blocks = std::max(s.blocks, std::min(wanted, (s.rows + kLeastTaskRows - 1) / kLeastTaskRows));
   }
   s.block_rows = (s.rows + s.blocks - 1) / s.blocks;
+  // Whole tiles, all but the last block's.
+  if (s.block_rows > 2 * plan.tile_rows) {
+    s.block_rows = (s.block_rows + plan.tile_rows - 1) / plan.tile_rows * plan.tile_rows;
+  }
   return s;
 }
 
@@ -143,7 +147,7 @@ void attention_fwd_cpu(const AttentionParams& p, int threads) {
   const AttentionKernels& kernels = cpu_kernels().attention[static_cast<int>(p.type)];
   const AttentionPlan plan = kernels.plan(p);
   threads = attention_threads(p, threads);
-  const Shape s = shape_of(p, threads);
+  const Shape s = shape_of(p, plan, threads);
   const bool separate = s.blocks == 1 || s.splits > 1 || s.rows <= kTaskRows;
   (separate ? fwd_separate : fwd_shared)(p, kernels, plan, s, threads);
 }

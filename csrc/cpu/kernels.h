@@ -15,8 +15,9 @@ struct AttentionTask {
   float* partial;  // [rows, 2 + Dv]: row maximum, row sum, unscaled output; null: write out and lse
 };
 
-// Sizes in floats, of one call's buffers.
+// Sizes of one call: rows and keys are counted, buffers are in floats.
 struct AttentionPlan {
+  int64_t tile_rows;      // rows of a register tile
   int64_t key_block;      // keys that are packed and worked on together
   int64_t packed_block;   // packed K and V of one block
   int64_t scratch_row;    // forward scratch, per row of a task

@@ -13,6 +13,7 @@ template <class T>
 AttentionPlan attention_plan(const AttentionParams& p) {
   const Packing<T> size(p);
   AttentionPlan plan = {};
+  plan.tile_rows = kMaxTileRows;
   plan.key_block = size.key_block;
   plan.packed_block = size.block();
   plan.scratch_row = kTileStride + size.v_columns + kWidth + 1;
