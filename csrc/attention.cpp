@@ -1,5 +1,6 @@
 // From Python's view of a call to AttentionParams. A tensor crosses the border as None or as
-// (data_ptr, strides); its type and sizes were checked in fastattn/ops/attention.py.
+// (data_ptr, strides), with its shape where it broadcasts; its type and sizes were checked in
+// fastattn/ops/attention.py.
 #include "attention.h"
 
 #include <pybind11/pybind11.h>
@@ -25,6 +26,12 @@ Strided strided(PyObject* tensor) {
   PyObject* strides = PyTuple_GET_ITEM(tensor, 1);
   const Py_ssize_t n = PyTuple_GET_SIZE(strides);
   for (Py_ssize_t i = 0; i < n && i < 4; ++i) x.stride[i] = integer(PyTuple_GET_ITEM(strides, i));
+  if (PyTuple_GET_SIZE(tensor) == 3) {
+    PyObject* shape = PyTuple_GET_ITEM(tensor, 2);
+    for (Py_ssize_t i = 0; i < n && i < 4; ++i) {
+      if (integer(PyTuple_GET_ITEM(shape, i)) == 1) x.stride[i] = 0;
+    }
+  }
   return x;
 }
 

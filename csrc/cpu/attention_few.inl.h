@@ -21,16 +21,17 @@ void prefetch_row(const T* row, int64_t n) {
   for (int64_t c = 0; c < n; c += kLine) __builtin_prefetch(row + c);
 }
 
-// Scores of kWidth keys and one row; keys from `n` on repeat the last one and are masked later.
+// Scores of kWidth keys and one row; 0 from key `n` on, to be masked later.
 template <class Math, class T>
 Vec dot_products(const T* q, const T* k, int64_t k_stride, int64_t n, int64_t head_dim) {
   Vec sums[kWidth];
   constexpr int64_t kStepValues = kWidth * Math::kStep;
   const int64_t whole = head_dim / kStepValues * kStepValues;
   const int rest = static_cast<int>(head_dim - whole);
-#pragma GCC unroll 4
-  for (int j = 0; j < kWidth; ++j) {
-    const T* key = k + smaller(j, n - 1) * k_stride;
+  const int lanes = static_cast<int>(smaller(kWidth, n));
+  for (int j = lanes; j < kWidth; ++j) sums[j] = zero();
+  for (int j = 0; j < lanes; ++j) {
+    const T* key = k + j * k_stride;
     prefetch_row(key + kAhead * k_stride, head_dim);
     Vec s = zero();
     for (int64_t d = 0; d < whole; d += kStepValues) {

@@ -60,7 +60,7 @@ def attention_bwd(
         _strided(dq),
         _strided(dk),
         _strided(dv),
-        _broadcast(dbias, call) if need_dbias else None,
+        _broadcast(dbias) if need_dbias else None,
         dsinks.data_ptr() if sinks is not None else None,
         delta.data_ptr(),
         _strided(dq_sum),
@@ -91,8 +91,8 @@ def _arguments(call: Any, out: Tensor, lse: Tensor | None, lse_rest: Tensor | No
             (k.data_ptr(), k.stride()),
             (v.data_ptr(), v.stride()),
             (out.data_ptr(), out.stride()),
-            None if mask is None else _broadcast(mask, call),
-            None if bias is None else _broadcast(bias, call),
+            None if mask is None else _broadcast(mask),
+            None if bias is None else _broadcast(bias),
             None if alibi_slopes is None else _strided(alibi_slopes),
             None if sinks is None else _strided(sinks),
             None if lse is None else lse.data_ptr(),
@@ -114,7 +114,6 @@ def _strided(x: Tensor) -> tuple[int, tuple[int, ...]]:
     return x.data_ptr(), x.stride()
 
 
-def _broadcast(x: Tensor, call: Any) -> tuple[int, tuple[int, ...]]:
-    """A tensor that broadcasts to the scores, with stride 0 where it does."""
-    q, k = call[0], call[1]
-    return _strided(x.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+def _broadcast(x: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """A tensor that broadcasts to the scores; the core gives dimensions of size 1 stride 0."""
+    return x.data_ptr(), x.stride(), x.shape

@@ -100,16 +100,21 @@ def check_scores(name: str, x: Tensor, q: Tensor, shape: tuple[int, int, int, in
     """A tensor that broadcasts to the scores, in rank 4."""
     check_device(name, x, q)
     batch, nheads, seqlen_q, seqlen_k = shape
-    if x.ndim > 4 or any(
-        have not in (1, want) for have, want in zip(reversed(x.shape), reversed(shape), strict=False)
+    if x.ndim < 4:
+        x = x.reshape((1,) * (4 - x.ndim) + tuple(x.shape))
+    given = x.shape
+    if (
+        x.ndim > 4
+        or given[0] not in (1, batch)
+        or given[1] not in (1, nheads)
+        or given[2] not in (1, seqlen_q)
+        or given[3] not in (1, seqlen_k)
     ):
         raise ValueError(
             f"{name} must broadcast to [B, H, Sq, Sk] = "
-            f"[{batch}, {nheads}, {seqlen_q}, {seqlen_k}], got shape {list(x.shape)}"
+            f"[{batch}, {nheads}, {seqlen_q}, {seqlen_k}], got shape {list(given)}"
         )
-    if x.ndim < 4:
-        x = x.reshape((1,) * (4 - x.ndim) + tuple(x.shape))
-    if x.shape[3] > 1 and x.stride(3) != 1:
+    if given[3] > 1 and x.stride()[3] != 1:
         # Only a key dimension that is not laid out row by row is copied; broadcasts never are, except
         # where each position has a gradient of its own.
         if not x.requires_grad:
