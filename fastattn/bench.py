@@ -3,7 +3,7 @@
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -143,7 +143,9 @@ def measure_case(case: Case, peers: list[str], budget: float, min_rounds: int = 
         errors = cases.check(case, copies[0], peers)
     except (AssertionError, NotImplementedError) as error:
         return Row(**facts, failure=str(error))
-    calls = {peer: [cases.bind(peer, case, x) for x in copies] for peer in peers}
+    calls: dict[str, list[Callable[[], object]]] = {
+        peer: [cases.bind(peer, case, x) for x in copies] for peer in peers
+    }
     if case.is_decode and core is not None:
         calls[READ] = [cases.bind_read(core, x) for x in copies]
     timing = race(calls, budget, min_rounds)
