@@ -22,7 +22,8 @@ struct AttentionParams {
   Strided v;        // [B, Sk, Hk, Dv], last stride 1
   Strided out;      // [B, Sq, H, Dv], last stride 1
   float* lse;       // [B, H, Sq], natural logarithm; null: not wanted (forward)
-  float* lse_rest;  // [B, H, Sq], what lse lacks of its unrounded self, in units of log2
+  float* lse_rest;  // [B, H, Sq], what lse lacks of its unrounded self, in units of log2; null:
+                    // no backward follows
   Strided mask;     // bool [B, H, Sq, Sk], last stride 0 or 1; data null: none
   Strided bias;     // [B, H, Sq, Sk], last stride 0 or 1; data null: none
   Type bias_type;   // type, or kFloat32

@@ -45,6 +45,14 @@ def test_options(dtype, option):
     check_attention(q, k, v, backend="cpu", **option_set(option, q, k))
 
 
+@pytest.mark.parametrize("option", OPTION_SETS)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.usefixtures("tier")
+def test_options_of_decoding(dtype, option):
+    q, k, v = qkv(1, 4, 2, 3, 1100, 40, 24, dtype=dtype)
+    check_attention(q, k, v, backend="cpu", gradients=False, **option_set(option, q, k))
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.usefixtures("tier")
 def test_every_length_and_head_dim_of_a_tile(dtype):

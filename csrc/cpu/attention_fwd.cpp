@@ -14,9 +14,8 @@ namespace {
 // Rows of a task: enough to pay for streaming K and V from L2, few enough that Q and O stay there.
 constexpr int64_t kTaskRows = 140;
 constexpr int64_t kLeastTaskRows = 42;
-// Up to this many rows a head, its keys are split, by length alone, to occupy the cores in
-// decoding.
-constexpr int64_t kSplitRows = 64;
+// The keys of a head with no more rows than one task are split, by length alone: it occupies the
+// cores in decoding, and no task packs more than this.
 constexpr int64_t kSplitKeys = 1024;
 constexpr int64_t kPackBlocks = 4;  // key blocks of a packing task
 constexpr int64_t kPackedBytes = int64_t{48} << 20;
@@ -29,14 +28,18 @@ struct Shape {
   int64_t heads, rows, blocks, block_rows, splits;
 };
 
+// Where a backward follows, which packs, forward packs too: dot products round scores in another
+// order, and with scores of 10^4 the weights of a row would no longer sum to 1.
+bool takes_few(const AttentionParams& p) { return p.rows() <= kFewRows && !p.lse_rest; }
+
 Shape shape_of(const AttentionParams& p, const AttentionPlan& plan, int threads) {
   Shape s = {};
   s.heads = p.batch * p.nheads_k;
   s.rows = p.rows();
   s.splits =
-      s.rows <= kSplitRows ? std::max<int64_t>(1, (p.seqlen_k + kSplitKeys - 1) / kSplitKeys) : 1;
+      s.rows <= kTaskRows ? std::max<int64_t>(1, (p.seqlen_k + kSplitKeys - 1) / kSplitKeys) : 1;
   s.blocks = (s.rows + kTaskRows - 1) / kTaskRows;
-  if (threads > 1 && s.rows > kFewRows) {
+  if (threads > 1 && !takes_few(p)) {
     // A few tasks for each thread, so that none waits long for the last.
     const int64_t wanted = (3 * threads + s.heads * s.splits - 1) / (s.heads * s.splits);
     s.blocks = std::max(s.blocks, std::min(wanted, (s.rows + kLeastTaskRows - 1) / kLeastTaskRows));
@@ -62,7 +65,7 @@ AttentionTask task_of(const AttentionParams& p, const Shape& s, int64_t head, in
 // Each task packs the keys that it needs itself, or reads them as they are; one or few row blocks.
 void fwd_separate(const AttentionParams& p, const AttentionKernels& kernels,
                   const AttentionPlan& plan, const Shape& s, int threads) {
-  const bool few = s.rows <= kFewRows;
+  const bool few = takes_few(p);
   const int64_t split_keys = s.splits > 1 ? kSplitKeys : p.seqlen_k;
   const int64_t packed_blocks = few ? 0 : (split_keys + plan.key_block - 1) / plan.key_block;
   const int64_t scratch = plan.scratch_fixed + s.block_rows * plan.scratch_row;
@@ -148,8 +151,7 @@ void attention_fwd_cpu(const AttentionParams& p, int threads) {
   const AttentionPlan plan = kernels.plan(p);
   threads = attention_threads(p, threads);
   const Shape s = shape_of(p, plan, threads);
-  const bool separate = s.blocks == 1 || s.splits > 1 || s.rows <= kTaskRows;
-  (separate ? fwd_separate : fwd_shared)(p, kernels, plan, s, threads);
+  (s.rows <= kTaskRows ? fwd_separate : fwd_shared)(p, kernels, plan, s, threads);
 }
 
 }  // namespace fastattn

@@ -109,6 +109,7 @@ float sink_log2(const AttentionParams& p, int64_t h) {
 inline void store_lse(const AttentionParams& p, int64_t flat, float m, float l) {
   const double exact = m + __builtin_log2(l);
   p.lse[flat] = l == 0.0f ? -kInfinity : static_cast<float>(exact * kLn2);
+  if (!p.lse_rest) return;
   p.lse_rest[flat] = l == 0.0f ? 0.0f : static_cast<float>(exact - p.lse[flat] * kLog2EDouble);
 }
 

@@ -23,15 +23,15 @@ def unsupported(call: Any) -> str | None:
     return None
 
 
-def attention_fwd(call: Any, need_lse: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def attention_fwd(
+    call: Any, need_lse: bool = True, for_backward: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """out [B, Sq, H, Dv] in q's type and, where they are needed, lse and lse_rest [B, H, Sq]."""
     q = call[0]
     batch, seqlen_q, nheads, _ = q.shape
     out = torch.empty(batch, seqlen_q, nheads, call[2].shape[3], dtype=q.dtype)
-    lse = lse_rest = None
-    if need_lse:
-        lse = torch.empty(batch, nheads, seqlen_q, dtype=torch.float32)
-        lse_rest = torch.empty_like(lse)
+    lse = torch.empty(batch, nheads, seqlen_q, dtype=torch.float32) if need_lse else None
+    lse_rest = torch.empty_like(lse) if lse is not None and for_backward else None
     core.attention_fwd(*_arguments(call, out, lse, lse_rest), torch.get_num_threads())
     return out, lse, lse_rest
 

@@ -100,27 +100,26 @@ def check_scores(name: str, x: Tensor, q: Tensor, shape: tuple[int, int, int, in
     """A tensor that broadcasts to the scores, in rank 4."""
     check_device(name, x, q)
     batch, nheads, seqlen_q, seqlen_k = shape
-    if x.ndim < 4:
-        x = x.reshape((1,) * (4 - x.ndim) + tuple(x.shape))
-    given = x.shape
+    full = x if x.ndim >= 4 else x.reshape((1,) * (4 - x.ndim) + tuple(x.shape))
+    sizes = full.shape
     if (
-        x.ndim > 4
-        or given[0] not in (1, batch)
-        or given[1] not in (1, nheads)
-        or given[2] not in (1, seqlen_q)
-        or given[3] not in (1, seqlen_k)
+        len(sizes) > 4
+        or sizes[0] not in (1, batch)
+        or sizes[1] not in (1, nheads)
+        or sizes[2] not in (1, seqlen_q)
+        or sizes[3] not in (1, seqlen_k)
     ):
         raise ValueError(
             f"{name} must broadcast to [B, H, Sq, Sk] = "
-            f"[{batch}, {nheads}, {seqlen_q}, {seqlen_k}], got shape {list(given)}"
+            f"[{batch}, {nheads}, {seqlen_q}, {seqlen_k}], got shape {list(x.shape)}"
         )
-    if given[3] > 1 and x.stride()[3] != 1:
+    if sizes[3] > 1 and full.stride()[3] != 1:
         # Only a key dimension that is not laid out row by row is copied; broadcasts never are, except
         # where each position has a gradient of its own.
-        if not x.requires_grad:
-            x = x[tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())]
-        x = x.contiguous()
-    return x
+        if not full.requires_grad:
+            full = full[tuple(slice(1) if stride == 0 else slice(None) for stride in full.stride())]
+        full = full.contiguous()
+    return full
 
 
 def check_alibi(slopes: Tensor, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor:

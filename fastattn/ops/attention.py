@@ -109,7 +109,7 @@ def attention(
         out, lse, _ = _OP_FWD(*call, backend)
     else:
         module = dispatch.choose("attention", backend, q.device, call)
-        out, lse, _ = module.attention_fwd(call, return_lse)
+        out, lse, _ = module.attention_fwd(call, return_lse, False)
     return (out, lse) if return_lse else out
 
 
