@@ -148,7 +148,9 @@ class TestMagnitudes:
     def test_scores_up_to(self, check, dtype, shape, size):
         q, k, v = qkv(*SHAPES[shape], dtype=dtype)
         largest = torch.einsum("bqhd,bkhd->bhqk", q[:, :, :1].float(), k[:, :, :1].float()).abs().max()
-        check(q, k, v, softmax_scale=float(size / largest))
+        # At 1e4 the rounding of a float32 score alone moves its weight by 1e-3, in ours and in the base
+        # alike, and gradients magnify it: whose is smaller is then a matter of luck.
+        check(q, k, v, softmax_scale=float(size / largest), gradients=size < 1e4)
 
     @pytest.mark.parametrize("step", [5.0, 0.3, 0.01, -0.01, -0.3, -5.0])
     def test_every_key_scores_higher_than_the_last(self, check, dtype, shape, step):
