@@ -1,41 +1,55 @@
 // The border between host and kernels: what one call of attention is, in raw pointers.
 #pragma once
 
-#include <cstdint>
+#include <initializer_list>
+
+#include "params.h"
 
 namespace fastattn {
 
-enum class Type : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-constexpr int kTypes = 3;
+// Sequences that differ in length or whose keys lie in a cache. All null: a dense batch.
+struct Sequences {
+  int64_t count;                // B
+  const int32_t* cu_seqlens_q;  // [B + 1]; q, out, lse and their gradients are one run of Tq rows
+  const int32_t* cu_seqlens_k;  // [B + 1]; k, v and their gradients are one run of Tk rows
+  const int32_t* seqlens_k;     // [B], keys of the cache that are in use
+  const int32_t* first_keys;    // [B], the first of them that is seen
+  const int32_t* cache_rows;    // [B], the row of the cache that a sequence uses
+  const int32_t* pages;         // [B, pages_stride], where page i of a sequence lies
+  int64_t pages_stride, page_size;
 
-// A tensor without its type. Strides are in elements; a broadcast dimension has stride 0.
-struct Strided {
-  void* data = nullptr;
-  int64_t stride[4] = {0, 0, 0, 0};
+  bool ragged() const { return cu_seqlens_q || seqlens_k; }
 };
 
 struct AttentionParams {
   int64_t batch, nheads, nheads_k, seqlen_q, seqlen_k, head_dim, head_dim_v;
   Type type;        // of q, k, v, out and their gradients
+  Type cache_type;  // of k and v where they are a cache, else type
   Strided q;        // [B, Sq, H, D], last stride 1
-  Strided k;        // [B, Sk, Hk, D], last stride 1
-  Strided v;        // [B, Sk, Hk, Dv], last stride 1
-  Strided out;      // [B, Sq, H, Dv], last stride 1
-  float* lse;       // [B, H, Sq], natural logarithm; null: not wanted (forward)
-  float* lse_rest;  // [B, H, Sq], what lse lacks of its unrounded self, in units of log2; null:
-                    // no backward follows
-  Strided mask;     // bool [B, H, Sq, Sk], last stride 0 or 1; data null: none
-  Strided bias;     // [B, H, Sq, Sk], last stride 0 or 1; data null: none
-  Type bias_type;   // type, or kFloat32
-  Strided alibi;    // float [B, H]; data null: none
-  Strided sinks;    // [H]; data null: none
-  Type sinks_type;  // type, or kFloat32
+  Strided k;        // [B, Sk, Hk, D], last stride 1; pages [N, page_size, Hk, D]
+  Strided v;        // [B, Sk, Hk, Dv], last stride 1; pages [N, page_size, Hk, Dv]
+  Strided k_scale;  // float [B, Sk, Hk] or pages, what an int8 key is multiplied by; data null: none
+  Strided v_scale;
+  Strided out;         // [B, Sq, H, Dv], last stride 1
+  float* lse;          // [B, H, Sq], natural logarithm; null: not wanted (forward)
+  float* lse_rest;     // [B, H, Sq], what lse lacks of its unrounded self, in units of log2; null:
+                       // no backward follows
+  int64_t lse_stride;  // of a head in lse, lse_rest, dlse and delta
+  Strided mask;        // bool [B, H, Sq, Sk], last stride 0 or 1; data null: none
+  Strided bias;        // [B, H, Sq, Sk], last stride 0 or 1; data null: none
+  Type bias_type;      // type, or kFloat32
+  Strided alibi;       // float [B, H]; data null: none
+  Strided sinks;       // [H]; data null: none
+  Type sinks_type;     // type, or kFloat32
   float softmax_scale;
   int64_t window_left, window_right;  // tokens; -1: unbounded; causal is right = 0
   float softcap;                      // 0: none
   uint32_t dropout_threshold;         // a position whose random word is below is dropped; 0: none
   float dropout_scale;                // 1 / (1 - p)
   uint64_t seed;
+  int64_t first_plane;  // head h of sequence b draws from plane first_plane + b * H + h
+  int64_t num_splits;   // pieces that few rows' keys are cut into; 0: by their number
+  Sequences sequences;
 
   // Backward only.
   Strided dout;   // [B, Sq, H, Dv], last stride 1
@@ -48,7 +62,28 @@ struct AttentionParams {
   float* delta;   // workspace [B, H, Sq]: sum of dout * out, less dlse
   Strided dq_sum;  // workspace, float [B, Sq, H, D]; dq itself where its type is float
 
-  // The keys [begin, end) that query i may see by causality and window.
+  int64_t count() const { return sequences.ragged() ? sequences.count : batch; }
+  int64_t groups() const { return nheads_k ? nheads / nheads_k : 1; }
+  int64_t rows() const { return groups() * seqlen_q; }  // query rows of one KV head
+
+  // Of sequence b in the call.
+  int64_t seqlen_q_of(int64_t b) const {
+    const int32_t* cu = sequences.cu_seqlens_q;
+    return cu ? cu[b + 1] - cu[b] : seqlen_q;
+  }
+  int64_t first_key_of(int64_t b) const {
+    return sequences.first_keys ? sequences.first_keys[b] : 0;
+  }
+  int64_t seqlen_k_of(int64_t b) const {
+    const int32_t* cu = sequences.cu_seqlens_k;
+    if (cu) return cu[b + 1] - cu[b];
+    if (sequences.seqlens_k) return sequences.seqlens_k[b] - first_key_of(b);
+    return seqlen_k;
+  }
+  // The call of sequence b alone: batch 1, its own lengths, every pointer at its first element.
+  AttentionParams sequence(int64_t b) const;
+
+  // The keys [begin, end) that query i of a sequence may see by causality and window.
   int64_t visible_begin(int64_t i) const {
     if (window_left < 0) return 0;
     const int64_t at = i + seqlen_k - seqlen_q - window_left;
@@ -59,13 +94,65 @@ struct AttentionParams {
     const int64_t at = i + seqlen_k - seqlen_q + window_right + 1;
     return at < 0 ? 0 : (at < seqlen_k ? at : seqlen_k);
   }
-  int64_t groups() const { return nheads_k ? nheads / nheads_k : 1; }
-  int64_t rows() const { return groups() * seqlen_q; }  // query rows of one KV head
 };
+
+// Keys that are written into a cache before it is read, and the rotation of new keys and queries.
+struct CacheUpdate {
+  int64_t new_keys;  // 0: none
+  Strided k;         // [B, new_keys, Hk, D], in q's type
+  Strided v;         // [B, new_keys, Hk, Dv]
+  const int32_t* seqlens;  // [B], keys in the cache before
+  int64_t rotary_dim;      // the first values of a head, which are rotated; 0: none
+  Strided cos, sin;        // [positions, rotary_dim / 2]
+  Type rotary_type;        // q's, or kFloat32
+  bool interleaved;        // pairs are neighbours, not halves
+  bool in_steps;           // query i stands at seqlens + i, else all at seqlens
+};
+
+inline AttentionParams AttentionParams::sequence(int64_t b) const {
+  AttentionParams one = *this;
+  one.batch = 1;
+  one.seqlen_q = seqlen_q_of(b);
+  one.seqlen_k = seqlen_k_of(b);
+  one.first_plane = first_plane + b * nheads;
+
+  const int32_t *cu_q = sequences.cu_seqlens_q, *cu_k = sequences.cu_seqlens_k;
+  const int dim_q = cu_q ? 1 : 0, dim_k = cu_k ? 1 : 0;
+  const int64_t at_q = cu_q ? cu_q[b] : b;
+  for (Strided* x : {&one.q, &one.out, &one.dout, &one.dq}) x->advance(dim_q, at_q, type);
+  one.dq_sum.advance(dim_q, at_q, Type::kFloat32);
+  for (float** x : {&one.lse, &one.lse_rest, &one.dlse, &one.delta}) {
+    if (*x) *x += cu_q ? at_q : b * nheads * lse_stride;
+  }
+
+  if (sequences.pages) {
+    one.sequences.pages += b * sequences.pages_stride;
+  } else {
+    const int64_t row = sequences.cache_rows ? sequences.cache_rows[b] : b;
+    const int64_t at_k = cu_k ? cu_k[b] : row;
+    for (Strided* x : {&one.k, &one.v}) {
+      x->advance(dim_k, at_k, cache_type);
+      x->advance(1, first_key_of(b), cache_type);
+    }
+    for (Strided* x : {&one.dk, &one.dv}) x->advance(dim_k, at_k, type);
+    for (Strided* x : {&one.k_scale, &one.v_scale}) {
+      x->advance(0, row, Type::kFloat32);
+      x->advance(1, first_key_of(b), Type::kFloat32);
+    }
+  }
+
+  one.mask.advance(0, b, Type::kBool);
+  one.bias.advance(0, b, bias_type);
+  one.dbias.advance(0, b, Type::kFloat32);
+  one.alibi.advance(0, b, Type::kFloat32);
+  return one;
+}
 
 // out and lse from q, k, v, on at most so many threads.
 void attention_fwd_cpu(const AttentionParams& p, int threads);
 // dq, dk, dv, dbias, dsinks. dq_sum and dbias must hold zeros.
 void attention_bwd_cpu(const AttentionParams& p, int threads);
+// Updates the cache, then runs forward on it; sequences.seqlens_k counts the new keys too.
+void attention_decode_cpu(const AttentionParams& p, const CacheUpdate& update, int threads);
 
 }  // namespace fastattn

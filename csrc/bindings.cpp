@@ -4,9 +4,11 @@
 namespace fastattn {
 void bind_attention(pybind11::module_& m);
 void bind_machine(pybind11::module_& m);
+void bind_tensor(pybind11::module_& m);
 }  // namespace fastattn
 
 PYBIND11_MODULE(_C, m) {
   fastattn::bind_machine(m);
+  fastattn::bind_tensor(m);
   fastattn::bind_attention(m);
 }

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import Tensor
+
 def isa() -> str: ...
 def isa_tiers() -> list[str]: ...
 def set_isa(name: str) -> None: ...
@@ -9,18 +11,31 @@ def fma_peak(bf16: bool, threads: int, seconds: float) -> float: ...
 def read_bandwidth(megabytes: int, threads: int, seconds: float) -> float: ...
 def read_pass(address: int, bytes: int, threads: int) -> None: ...
 def build_info() -> dict[str, Any]: ...
+def describe(x: Tensor, by_attributes: bool) -> tuple[int, int, list[int], list[int]]: ...
+
+# A call is the NamedTuple of its op, fastattn/ops/<op>.py.
 def attention_fwd(
-    sizes: tuple[int, ...],
-    types: tuple[int, ...],
-    tensors: tuple[Any, ...],
-    options: tuple[Any, ...],
-    threads: int,
+    call: tuple[Any, ...], out: Tensor, lse: Tensor | None, lse_rest: Tensor | None, threads: int
 ) -> None: ...
 def attention_bwd(
-    sizes: tuple[int, ...],
-    types: tuple[int, ...],
-    tensors: tuple[Any, ...],
-    options: tuple[Any, ...],
-    gradients: tuple[Any, ...],
+    call: tuple[Any, ...],
+    out: Tensor,
+    lse: Tensor,
+    lse_rest: Tensor,
+    gradients: tuple[Tensor | None, ...],
     threads: int,
+) -> None: ...
+def attention_varlen_fwd(
+    call: tuple[Any, ...], out: Tensor, lse: Tensor | None, lse_rest: Tensor | None, threads: int
+) -> None: ...
+def attention_varlen_bwd(
+    call: tuple[Any, ...],
+    out: Tensor,
+    lse: Tensor,
+    lse_rest: Tensor,
+    gradients: tuple[Tensor | None, ...],
+    threads: int,
+) -> None: ...
+def attention_decode(
+    call: tuple[Any, ...], out: Tensor, lse: Tensor | None, threads: int
 ) -> None: ...

@@ -93,7 +93,7 @@ void attention_bwd_delta(const AttentionParams& p, int64_t b, int64_t h) {
       const int n = static_cast<int>(smaller(p.head_dim_v - c, kWidth));
       total = fma(load(o + c, n), load(d + c, n), total);
     }
-    const int64_t at = (b * p.nheads + h) * p.seqlen_q + i;
+    const int64_t at = (b * p.nheads + h) * p.lse_stride + i;
     p.delta[at] = sum(total) - p.dlse[at];
   }
 }
@@ -110,7 +110,7 @@ void attention_bwd_sinks(const AttentionParams& p, int64_t h) {
   double total = 0.0;
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t i = 0; i < p.seqlen_q; ++i) {
-      const int64_t flat = (b * p.nheads + h) * p.seqlen_q + i;
+      const int64_t flat = (b * p.nheads + h) * p.lse_stride + i;
       total -= sink_weight(p, sink, flat) * p.delta[flat];
     }
   }
@@ -127,7 +127,7 @@ void attention_bwd_key_bias(const AttentionParams& p) {
       float* dbias =
           static_cast<float*>(p.dbias.data) + b * p.dbias.stride[0] + h * p.dbias.stride[1];
       for (int64_t i = 0; i < p.seqlen_q; ++i) {
-        const int64_t flat = (b * p.nheads + h) * p.seqlen_q + i;
+        const int64_t flat = (b * p.nheads + h) * p.lse_stride + i;
         if (p.lse[flat] == -kInfinity) continue;
         dbias[i * p.dbias.stride[2]] += p.dlse[flat] + sink_weight(p, sink, flat) * p.delta[flat];
       }
@@ -136,16 +136,13 @@ void attention_bwd_key_bias(const AttentionParams& p) {
 }
 
 template <class T>
-void attention_bwd_begin(const AttentionParams& p, int64_t b, int64_t hk, int64_t key_begin,
-                         float* scratch) {
+void attention_bwd_begin(const AttentionParams& p, int64_t hk, int64_t key_begin, float* scratch) {
   using Math = typename MathOf<T>::type;
   const BwdSizes<T> size(p);
   const BwdScratch<T> local(size, scratch);
   const int64_t n = smaller(size.key_block, p.seqlen_k - key_begin);
-  const T* k = static_cast<const T*>(p.k.data) + b * p.k.stride[0] + key_begin * p.k.stride[1] +
-               hk * p.k.stride[2];
-  const T* v = static_cast<const T*>(p.v.data) + b * p.v.stride[0] + key_begin * p.v.stride[1] +
-               hk * p.v.stride[2];
+  const T* k = static_cast<const T*>(p.k.data) + key_begin * p.k.stride[1] + hk * p.k.stride[2];
+  const T* v = static_cast<const T*>(p.v.data) + key_begin * p.v.stride[1] + hk * p.v.stride[2];
   for (int64_t c = 0; c < n; c += kPanel) {
     pack_transposed<Math>([&](int64_t i) { return k + (c + i) * p.k.stride[1]; }, n - c, p.head_dim,
                           local.k_t + c * size.d_steps);
@@ -176,8 +173,7 @@ class RowGradient {
     }
     dbias_ = static_cast<float*>(p_.dbias.data);
     if (dbias_) {
-      dbias_ += rows.b * p_.dbias.stride[0] + rows.head(row) * p_.dbias.stride[1] +
-                rows.query(row) * p_.dbias.stride[2];
+      dbias_ += rows.head(row) * p_.dbias.stride[1] + rows.query(row) * p_.dbias.stride[2];
     }
   }
 
@@ -340,13 +336,13 @@ void add_key_gradients(const AttentionParams& p, const BwdSizes<T>& size,
 }
 
 template <class T>
-void attention_bwd_rows(const AttentionParams& p, int64_t b, int64_t hk, int64_t key_begin,
-                        int64_t row_begin, int64_t row_end, float* scratch) {
+void attention_bwd_rows(const AttentionParams& p, int64_t hk, int64_t key_begin, int64_t row_begin,
+                        int64_t row_end, float* scratch) {
   using Math = typename MathOf<T>::type;
   constexpr bool kPairs = Math::kStep == 2;
   const BwdSizes<T> size(p);
   const BwdScratch<T> local(size, scratch);
-  const HeadRows rows{p, b, hk};
+  const HeadRows rows{p, hk};
   const int64_t n = row_end - row_begin, key_end = smaller(key_begin + size.key_block, p.seqlen_k);
   const auto q = [&](int64_t i) { return rows.at<const T>(p.q, row_begin + i); };
   const auto dout = [&](int64_t i) { return rows.at<const T>(p.dout, row_begin + i); };
@@ -379,19 +375,16 @@ void store_row_as(const float* from, int64_t n, T* to) {
 }
 
 template <class T>
-void attention_bwd_end(const AttentionParams& p, int64_t b, int64_t hk, int64_t key_begin,
-                       float* scratch) {
+void attention_bwd_end(const AttentionParams& p, int64_t hk, int64_t key_begin, float* scratch) {
   const BwdSizes<T> size(p);
   const BwdScratch<T> local(size, scratch);
   const int64_t n = smaller(size.key_block, p.seqlen_k - key_begin);
   for (int64_t i = 0; i < n; ++i) {
     const int64_t key = key_begin + i;
     store_row_as(local.dk + i * size.d_columns, p.head_dim,
-                 static_cast<T*>(p.dk.data) + b * p.dk.stride[0] + key * p.dk.stride[1] +
-                     hk * p.dk.stride[2]);
+                 static_cast<T*>(p.dk.data) + key * p.dk.stride[1] + hk * p.dk.stride[2]);
     store_row_as(local.dv + i * size.dv_columns, p.head_dim_v,
-                 static_cast<T*>(p.dv.data) + b * p.dv.stride[0] + key * p.dv.stride[1] +
-                     hk * p.dv.stride[2]);
+                 static_cast<T*>(p.dv.data) + key * p.dv.stride[1] + hk * p.dv.stride[2]);
   }
 }
 

@@ -1,9 +1,11 @@
 // Cuts attention forward into tasks and runs them on threads. Which tasks there are may depend on
-// the number of threads; what a row's bits are may not (attention_fwd.inl.h).
+// the number of threads and on the batch; what a row's bits are may not (attention_fwd.inl.h).
 #include <algorithm>
 #include <memory>
+#include <vector>
 
 #include "../attention.h"
+#include "attention_sequences.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -19,139 +21,217 @@ constexpr int64_t kLeastTaskRows = 42;
 constexpr int64_t kSplitKeys = 1024;
 constexpr int64_t kPackBlocks = 4;  // key blocks of a packing task
 constexpr int64_t kPackedBytes = int64_t{48} << 20;
-// Nanoseconds of work under which waking other threads costs more than it brings.
-constexpr double kSerialWork = 4000.0;
 
 thread_local Buffer shared_buffer;  // the caller's, seen by all workers of a call
 
-struct Shape {
-  int64_t heads, rows, blocks, block_rows, splits;
+// Sequences of one shape and how each of their KV heads is cut: all of a dense batch, or one.
+struct Group : SequenceGroup {
+  bool few;                    // keys are read as they are
+  int64_t blocks, block_rows;  // of rows
+  int64_t splits, split_keys;  // of keys
+  int64_t packs;               // packing tasks of a head whose blocks share the packed keys
+  int64_t first_head = 0;      // of those that are alike, in their order
+  int64_t first_partial = 0;   // in the buffer of partial results
 };
 
 // Where a backward follows, which packs, forward packs too: dot products round scores in another
 // order, and with scores of 10^4 the weights of a row would no longer sum to 1.
-bool takes_few(const AttentionParams& p) { return p.rows() <= kFewRows && !p.lse_rest; }
+bool takes_few(const AttentionParams& p, int64_t rows) { return rows <= kFewRows && !p.lse_rest; }
 
-Shape shape_of(const AttentionParams& p, const AttentionPlan& plan, int threads) {
-  Shape s = {};
-  s.heads = p.batch * p.nheads_k;
-  s.rows = p.rows();
-  s.splits =
-      s.rows <= kTaskRows ? std::max<int64_t>(1, (p.seqlen_k + kSplitKeys - 1) / kSplitKeys) : 1;
-  s.blocks = (s.rows + kTaskRows - 1) / kTaskRows;
-  if (threads > 1 && !takes_few(p)) {
-    // A few tasks for each thread, so that none waits long for the last.
-    const int64_t wanted = (3 * threads + s.heads * s.splits - 1) / (s.heads * s.splits);
-    s.blocks = std::max(s.blocks, std::min(wanted, (s.rows + kLeastTaskRows - 1) / kLeastTaskRows));
+class Forward {
+ public:
+  Forward(const AttentionParams& p, int threads)
+      : p_(p), kernels_(cpu_kernels().attention[static_cast<int>(p.type)]), plan_(kernels_.plan(p)) {
+    std::vector<SequenceGroup> found = sequence_groups(p);
+    threads_ = attention_threads(p, found, threads);
+    // Longest first, so that none is left alone at the end.
+    std::stable_sort(found.begin(), found.end(), [](const auto& a, const auto& b) {
+      return a.rows * a.seqlen_k > b.rows * b.seqlen_k;
+    });
+    int64_t heads = 0;
+    for (const SequenceGroup& g : found) heads += g.heads;
+    for (const SequenceGroup& g : found) {
+      if (g.heads && g.rows) (g.rows <= kTaskRows ? alone_ : shared_).push_back(cut(g, heads));
+    }
+    number_tasks();
   }
-  s.block_rows = (s.rows + s.blocks - 1) / s.blocks;
-  // Whole tiles, all but the last block's.
-  if (s.block_rows > 2 * plan.tile_rows) {
-    s.block_rows = (s.block_rows + plan.tile_rows - 1) / plan.tile_rows * plan.tile_rows;
+
+  void run() {
+    shared_tasks_ = shared_.empty() ? 0 : shared_.back().first_task + tasks_of(shared_.back());
+    const int64_t tasks = shared_tasks_ + (alone_.empty() ? 0 : alone_.back().first_task +
+                                                                    tasks_of(alone_.back()));
+    ring_ = shared_buffer.floats(slots_ * slot_ + partials_);
+    packed_.reset(new Counter[2 * shared_heads_ + alone_heads_]());
+    for_each<OneSequence>(threads_, tasks, [&](OneSequence& of, int64_t t) {
+      if (t < shared_tasks_) {
+        run_shared(of, t);
+      } else {
+        run_alone(of, t - shared_tasks_);
+      }
+    });
+    shared_buffer.trim(kKeptBytes);
   }
-  return s;
-}
 
-AttentionTask task_of(const AttentionParams& p, const Shape& s, int64_t head, int64_t block) {
-  AttentionTask task = {};
-  task.b = head / p.nheads_k;
-  task.hk = head % p.nheads_k;
-  task.row_begin = std::min(block * s.block_rows, s.rows);
-  task.row_end = std::min(task.row_begin + s.block_rows, s.rows);
-  task.key_end = p.seqlen_k;
-  return task;
-}
+ private:
+  Group cut(const SequenceGroup& of, int64_t all_heads) const {
+    Group g = {};
+    static_cast<SequenceGroup&>(g) = of;
+    g.few = takes_few(p_, g.rows);
+    g.splits = 1;
+    g.split_keys = g.seqlen_k;
+    if (g.rows <= kTaskRows) {
+      if (p_.num_splits > 0) {
+        const int64_t even = (g.seqlen_k + p_.num_splits - 1) / p_.num_splits;
+        g.split_keys = (even + plan_.key_block - 1) / plan_.key_block * plan_.key_block;
+      } else {
+        g.split_keys = kSplitKeys;
+      }
+      g.split_keys = std::max<int64_t>(g.split_keys, 1);
+      g.splits = std::max<int64_t>(1, (g.seqlen_k + g.split_keys - 1) / g.split_keys);
+    }
+    g.blocks = (g.rows + kTaskRows - 1) / kTaskRows;
+    if (threads_ > 1 && !g.few) {
+      // A few tasks for each thread, so that none waits long for the last.
+      const int64_t pieces = all_heads * g.splits;
+      const int64_t wanted = (3 * threads_ + pieces - 1) / pieces;
+      g.blocks =
+          std::max(g.blocks, std::min(wanted, (g.rows + kLeastTaskRows - 1) / kLeastTaskRows));
+    }
+    g.block_rows = (g.rows + g.blocks - 1) / g.blocks;
+    // Whole tiles, all but the last block's.
+    if (g.block_rows > 2 * plan_.tile_rows) {
+      g.block_rows = (g.block_rows + plan_.tile_rows - 1) / plan_.tile_rows * plan_.tile_rows;
+    }
+    if (g.rows > kTaskRows) {
+      g.packs = (key_blocks(g.seqlen_k) + kPackBlocks - 1) / kPackBlocks;
+    }
+    return g;
+  }
 
-// Each task packs the keys that it needs itself, or reads them as they are; one or few row blocks.
-void fwd_separate(const AttentionParams& p, const AttentionKernels& kernels,
-                  const AttentionPlan& plan, const Shape& s, int threads) {
-  const bool few = takes_few(p);
-  const int64_t split_keys = s.splits > 1 ? kSplitKeys : p.seqlen_k;
-  const int64_t packed_blocks = few ? 0 : (split_keys + plan.key_block - 1) / plan.key_block;
-  const int64_t scratch = plan.scratch_fixed + s.block_rows * plan.scratch_row;
-  const int64_t partial_row = 2 + p.head_dim_v, partial_head = s.splits * s.rows * partial_row;
-  const int64_t pieces = s.blocks * s.splits;
+  void number_tasks() {
+    int64_t task = 0;
+    for (Group& g : shared_) {
+      g.first_task = task;
+      g.first_head = shared_heads_;
+      task += tasks_of(g);
+      shared_heads_ += g.heads;
+      slot_ = std::max(slot_, key_blocks(g.seqlen_k) * plan_.packed_block);
+      block_rows_ = std::max(block_rows_, g.block_rows);
+    }
+    const int64_t fit = kPackedBytes / 4 / std::max<int64_t>(slot_, 1);
+    slots_ = std::min<int64_t>({shared_heads_, threads_ + 1, std::max<int64_t>(1, fit)});
+    task = 0;
+    for (Group& g : alone_) {
+      g.first_task = task;
+      g.first_head = alone_heads_;
+      g.first_partial = partials_;
+      task += tasks_of(g);
+      alone_heads_ += g.heads;
+      if (g.splits > 1) partials_ += g.heads * partial_head(g);
+      if (!g.few) alone_blocks_ = std::max(alone_blocks_, key_blocks(std::min(g.split_keys, g.seqlen_k)));
+      block_rows_ = std::max(block_rows_, g.block_rows);
+    }
+  }
 
-  float* partials = s.splits > 1 ? shared_buffer.floats(s.heads * partial_head) : nullptr;
-  std::unique_ptr<Counter[]> done(s.splits > 1 ? new Counter[s.heads]() : nullptr);
-  for_each(threads, s.heads * pieces, [&](int64_t t) {
-    float* local = scratch_buffer().floats(scratch + packed_blocks * plan.packed_block);
-    const int64_t head = t / pieces, split = t % pieces % s.splits;
-    AttentionTask task = task_of(p, s, head, t % pieces / s.splits);
-    task.key_begin = split * split_keys;
-    task.key_end = std::min(task.key_begin + split_keys, p.seqlen_k);
-    if (partials) task.partial = partials + head * partial_head + split * s.rows * partial_row;
-    if (few) {
-      kernels.fwd_few(p, task, local);
+  int64_t key_blocks(int64_t keys) const { return (keys + plan_.key_block - 1) / plan_.key_block; }
+  int64_t partial_head(const Group& g) const { return g.splits * g.rows * (2 + p_.head_dim_v); }
+  static int64_t tasks_of(const Group& g) {
+    return g.heads * (g.rows <= kTaskRows ? g.blocks * g.splits : g.packs + g.blocks);
+  }
+
+  static AttentionTask task_of(const Group& g, int64_t hk, int64_t block) {
+    AttentionTask task = {};
+    task.hk = hk;
+    task.row_begin = std::min(block * g.block_rows, g.rows);
+    task.row_end = std::min(task.row_begin + g.block_rows, g.rows);
+    task.key_end = g.seqlen_k;
+    return task;
+  }
+
+  int64_t scratch() const { return plan_.scratch_fixed + block_rows_ * plan_.scratch_row; }
+
+  // Each task packs the keys that it needs itself, or reads them as they are; one or few row
+  // blocks.
+  void run_alone(OneSequence& of, int64_t t) {
+    const Group& g = group_of(alone_, t);
+    float* local = scratch_buffer().floats(scratch() + alone_blocks_ * plan_.packed_block);
+    const int64_t pieces = g.blocks * g.splits, head = (t - g.first_task) / pieces;
+    const int64_t piece = (t - g.first_task) % pieces, split = piece % g.splits;
+    const AttentionParams& p = of.sequence(p_, g.first_sequence + head / p_.nheads_k);
+    AttentionTask task = task_of(g, head % p_.nheads_k, piece / g.splits);
+    task.key_begin = split * g.split_keys;
+    task.key_end = std::min(task.key_begin + g.split_keys, g.seqlen_k);
+    float* partial = ring_ + slots_ * slot_ + g.first_partial + head * partial_head(g);
+    if (g.splits > 1) task.partial = partial + split * g.rows * (2 + p.head_dim_v);
+    if (g.few) {
+      kernels_.fwd_few[static_cast<int>(p.cache_type)](p, task, local);
     } else if (task.row_begin < task.row_end) {
       const int64_t groups = p.groups();
       const int64_t begin = std::max(task.key_begin, p.visible_begin(task.row_begin / groups));
       const int64_t end = std::min(task.key_end, p.visible_end((task.row_end - 1) / groups));
-      const int64_t from = begin / plan.key_block;
-      float* packed = local + scratch;
-      if (begin < end) kernels.pack(p, task.b, task.hk, from * plan.key_block, end, packed);
-      kernels.fwd(p, task, packed, from, local);
+      const int64_t from = begin / plan_.key_block;
+      float* packed = local + scratch();
+      if (begin < end) kernels_.pack(p, task.hk, from * plan_.key_block, end, packed);
+      kernels_.fwd(p, task, packed, from, local);
     }
-    if (partials && done[head].fetch_add(1, std::memory_order_acq_rel) == pieces - 1) {
-      kernels.merge(p, task.b, task.hk, s.splits, partials + head * partial_head);
+    Counter& done = packed_[2 * shared_heads_ + g.first_head + head];
+    if (g.splits > 1 && done.fetch_add(1, std::memory_order_acq_rel) == pieces - 1) {
+      kernels_.merge(p, task.hk, g.splits, partial);
     }
-  });
-  shared_buffer.trim(kKeptBytes);
-}
+  }
 
-// Many row blocks share their head's packed keys. Heads pass through a ring of slots: first come a
-// head's packing tasks, then its row blocks, all handed out in this order from one counter, so that
-// whatever a task waits for is already in somebody's hands.
-void fwd_shared(const AttentionParams& p, const AttentionKernels& kernels,
-                const AttentionPlan& plan, const Shape& s, int threads) {
-  const int64_t key_blocks = (p.seqlen_k + plan.key_block - 1) / plan.key_block;
-  const int64_t packs = (key_blocks + kPackBlocks - 1) / kPackBlocks;
-  const int64_t slot = key_blocks * plan.packed_block, tasks = packs + s.blocks;
-  const int64_t slots = std::min<int64_t>(
-      {s.heads, threads + 1, std::max<int64_t>(1, kPackedBytes / 4 / std::max<int64_t>(slot, 1))});
-  float* ring = shared_buffer.floats(slots * slot);
-  std::unique_ptr<Counter[]> counters(new Counter[2 * s.heads]());
-  Counter *packed = counters.get(), *done = packed + s.heads;
-  const bool staircase = p.window_right >= 0;
-  for_each(threads, s.heads * tasks, [&](int64_t t) {
-    float* local = scratch_buffer().floats(plan.scratch_fixed + s.block_rows * plan.scratch_row);
-    const int64_t head = t / tasks, piece = t % tasks;
-    float* keys = ring + head % slots * slot;
-    if (piece < packs) {
-      if (head >= slots) wait_for(done[head - slots], s.blocks);
+  // Many row blocks share their head's packed keys. Heads pass through a ring of slots: first come
+  // a head's packing tasks, then its row blocks, all handed out in this order from one counter, so
+  // that whatever a task waits for is already in somebody's hands.
+  void run_shared(OneSequence& of, int64_t t) {
+    const Group& g = group_of(shared_, t);
+    float* local = scratch_buffer().floats(scratch());
+    const int64_t tasks = g.packs + g.blocks, head = (t - g.first_task) / tasks;
+    const int64_t piece = (t - g.first_task) % tasks, number = g.first_head + head;
+    const AttentionParams& p = of.sequence(p_, g.first_sequence + head / p_.nheads_k);
+    const int64_t hk = head % p_.nheads_k;
+    Counter *packed = &packed_[number], *done = &packed_[shared_heads_ + number];
+    float* keys = ring_ + number % slots_ * slot_;
+    if (piece < g.packs) {
+      if (number >= slots_) wait_for(*(done - slots_), kDone);
       const int64_t from = piece * kPackBlocks;
-      kernels.pack(p, head / p.nheads_k, head % p.nheads_k, from * plan.key_block,
-                   std::min((from + kPackBlocks) * plan.key_block, p.seqlen_k),
-                   keys + from * plan.packed_block);
-      packed[head].fetch_add(1, std::memory_order_release);
+      kernels_.pack(p, hk, from * plan_.key_block,
+                    std::min((from + kPackBlocks) * plan_.key_block, g.seqlen_k),
+                    keys + from * plan_.packed_block);
+      packed->fetch_add(1, std::memory_order_release);
     } else {
       // Under a causal mask the last rows see most: longest first.
-      const int64_t block = staircase ? s.blocks - 1 - (piece - packs) : piece - packs;
-      const AttentionTask task = task_of(p, s, head, block);
-      wait_for(packed[head], packs);
-      if (task.row_begin < task.row_end) kernels.fwd(p, task, keys, 0, local);
-      done[head].fetch_add(1, std::memory_order_release);
+      const int64_t at = piece - g.packs, block = p.window_right >= 0 ? g.blocks - 1 - at : at;
+      const AttentionTask task = task_of(g, hk, block);
+      wait_for(*packed, g.packs);
+      if (task.row_begin < task.row_end) kernels_.fwd(p, task, keys, 0, local);
+      if (done->fetch_add(1, std::memory_order_acq_rel) == g.blocks - 1) {
+        done->store(kDone, std::memory_order_release);
+      }
     }
-  });
-  shared_buffer.trim(kKeptBytes);
-}
+  }
+
+  static constexpr int64_t kDone = INT64_MAX;
+
+  const AttentionParams& p_;
+  const AttentionKernels& kernels_;
+  const AttentionPlan plan_;
+  int threads_;
+  std::vector<Group> shared_, alone_;  // by their rows: more than one task's, or not
+  int64_t shared_heads_ = 0, alone_heads_ = 0, shared_tasks_ = 0;
+  int64_t slots_ = 0, slot_ = 0;    // the ring: how many, and floats in each
+  int64_t partials_ = 0;            // floats
+  int64_t alone_blocks_ = 0;        // most key blocks that a task packs for itself
+  int64_t block_rows_ = 0;          // most rows of a task
+  float* ring_ = nullptr;           // and the partial results behind it
+  std::unique_ptr<Counter[]> packed_;  // shared heads: packed, then done; then done of the others
+};
 
 }  // namespace
 
-int attention_threads(const AttentionParams& p, int threads) {
-  // As measured on one core of a Zen 5: a head, a row, and 80 multiply-adds a nanosecond.
-  const double heads = double(p.batch) * p.nheads, rows = heads * p.seqlen_q;
-  const double multiplies = rows * p.seqlen_k * double(p.head_dim + p.head_dim_v);
-  return heads * 100.0 + rows * 20.0 + multiplies / 80.0 < kSerialWork ? 1 : threads;
-}
-
 void attention_fwd_cpu(const AttentionParams& p, int threads) {
-  if (p.batch == 0 || p.nheads == 0 || p.seqlen_q == 0) return;
-  const AttentionKernels& kernels = cpu_kernels().attention[static_cast<int>(p.type)];
-  const AttentionPlan plan = kernels.plan(p);
-  threads = attention_threads(p, threads);
-  const Shape s = shape_of(p, plan, threads);
-  (s.rows <= kTaskRows ? fwd_separate : fwd_shared)(p, kernels, plan, s, threads);
+  if (p.count() == 0 || p.nheads == 0 || p.seqlen_q == 0) return;
+  Forward(p, threads).run();
 }
 
 }  // namespace fastattn

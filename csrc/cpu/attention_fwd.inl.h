@@ -20,6 +20,7 @@
 #pragma once
 
 #include "../attention.h"
+#include "attention_keys.inl.h"
 #include "attention_scores.inl.h"
 #include "kernels.h"
 
@@ -156,9 +157,8 @@ void finish_rows(const HeadRows& rows, const AttentionTask& task, const RowState
 // Joins the splits of a head's keys in their order, so that the sum does not depend on who came
 // first.
 template <class T>
-void attention_merge(const AttentionParams& p, int64_t b, int64_t hk, int64_t splits,
-                     float* partial) {
-  const HeadRows rows{p, b, hk};
+void attention_merge(const AttentionParams& p, int64_t hk, int64_t splits, float* partial) {
+  const HeadRows rows{p, hk};
   const int64_t stride = 2 + p.head_dim_v;
   for (int64_t row = 0; row < p.rows(); ++row) {
     float* first = partial + row * stride;
@@ -189,21 +189,44 @@ struct Packing {
   int64_t block() const { return k_floats() + v_floats(); }
 };
 
+// A block of keys that a cache keeps in pages or in another type: they are gathered first, in
+// T, so many at a time that they stay in L1.
 template <class T>
-void attention_pack(const AttentionParams& p, int64_t b, int64_t hk, int64_t key_begin,
-                    int64_t key_end, float* packed) {
+void pack_cached(const AttentionParams& p, int64_t hk, int64_t key, int64_t n,
+                 const Packing<T>& size, float* packed) {
+  using Math = typename MathOf<T>::type;
+  constexpr int64_t kGathered = kPanel;
+  alignas(64) T k_rows[kGathered * kMaxHeadDim], v_rows[kGathered * kMaxHeadDim];
+  for (int64_t c = 0; c < n; c += kGathered) {
+    const int64_t m = smaller(kGathered, n - c);
+    gather_rows(p, p.k, p.k_scale, hk, key + c, m, p.head_dim, k_rows);
+    gather_rows(p, p.v, p.v_scale, hk, key + c, m, p.head_dim_v, v_rows);
+    const auto k = [&](int64_t i) { return k_rows + i * kMaxHeadDim; };
+    const auto v = [&](int64_t i) { return v_rows + i * kMaxHeadDim; };
+    pack_transposed<Math>(k, m, p.head_dim, packed + c * size.d_steps);
+    pack_rows<Math>(v, m, p.head_dim_v, size.key_block / Math::kStep,
+                    packed + size.k_floats() + c / Math::kStep * kPanel);
+  }
+}
+
+template <class T>
+void attention_pack(const AttentionParams& p, int64_t hk, int64_t key_begin, int64_t key_end,
+                    float* packed) {
   using Math = typename MathOf<T>::type;
   const Packing<T> size(p);
+  const bool plain = !p.sequences.pages && p.cache_type == p.type;
   for (int64_t key = key_begin; key < key_end; key += size.key_block, packed += size.block()) {
     const int64_t n = smaller(size.key_block, key_end - key);
-    const T* k = static_cast<const T*>(p.k.data) + b * p.k.stride[0] + key * p.k.stride[1] +
-                 hk * p.k.stride[2];
+    if (!plain) {
+      pack_cached<T>(p, hk, key, n, size, packed);
+      continue;
+    }
+    const T* k = static_cast<const T*>(p.k.data) + key * p.k.stride[1] + hk * p.k.stride[2];
     for (int64_t c = 0; c < n; c += kPanel) {
       pack_transposed<Math>([&](int64_t i) { return k + (c + i) * p.k.stride[1]; }, n - c,
                             p.head_dim, packed + c * size.d_steps);
     }
-    const T* v = static_cast<const T*>(p.v.data) + b * p.v.stride[0] + key * p.v.stride[1] +
-                 hk * p.v.stride[2];
+    const T* v = static_cast<const T*>(p.v.data) + key * p.v.stride[1] + hk * p.v.stride[2];
     pack_rows<Math>([&](int64_t i) { return v + i * p.v.stride[1]; }, n, p.head_dim_v,
                     size.key_block / Math::kStep, packed + size.k_floats());
   }
@@ -214,7 +237,7 @@ void attention_fwd(const AttentionParams& p, const AttentionTask& task, const fl
                    int64_t packed_from, float* scratch) {
   using Math = typename MathOf<T>::type;
   const Packing<T> size(p);
-  const HeadRows rows{p, task.b, task.hk};
+  const HeadRows rows{p, task.hk};
   const int64_t n_rows = task.row_end - task.row_begin;
   // Tiles of equal height: 16 rows are worth more as 8 + 8 than as 14 + 2.
   const int64_t height = ceil_div(n_rows, ceil_div(n_rows, kMaxTileRows));

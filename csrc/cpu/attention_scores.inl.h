@@ -17,19 +17,18 @@ constexpr float kInfinity = __builtin_inff();
 
 // The rows of one KV head: row r is query r / groups of head hk * groups + r % groups.
 struct HeadRows {
-  const AttentionParams& p;
-  int64_t b, hk;
+  const AttentionParams& p;  // of one sequence
+  int64_t hk;
   int64_t groups = p.groups();
   // A division costs as much as a row of 16 scores; without grouping there is none.
   int64_t query(int64_t row) const { return groups == 1 ? row : row / groups; }
   int64_t head(int64_t row) const { return groups == 1 ? hk : hk * groups + row % groups; }
   template <class T>
   T* at(const Strided& x, int64_t row) const {
-    return static_cast<T*>(x.data) + b * x.stride[0] + query(row) * x.stride[1] +
-           head(row) * x.stride[2];
+    return static_cast<T*>(x.data) + query(row) * x.stride[1] + head(row) * x.stride[2];
   }
-  // Where [B, H, Sq] keeps the row.
-  int64_t flat(int64_t row) const { return (b * p.nheads + head(row)) * p.seqlen_q + query(row); }
+  // Where lse keeps the row.
+  int64_t flat(int64_t row) const { return head(row) * p.lse_stride + query(row); }
 };
 
 // Columns [begin, end) of a block of keys, in whole panels, which hold all that a tile can see:
@@ -69,11 +68,11 @@ template <class T>
 void transform_row(const HeadRows& rows, int64_t row, int64_t key, Columns columns, float* s,
                    float* slope) {
   const AttentionParams& p = rows.p;
-  const int64_t b = rows.b, i = rows.query(row), h = rows.head(row);
+  const int64_t i = rows.query(row), h = rows.head(row);
   const bool bias_float = p.bias_type == Type::kFloat32;
-  const int64_t bias_at = b * p.bias.stride[0] + h * p.bias.stride[1] + i * p.bias.stride[2];
+  const int64_t bias_at = h * p.bias.stride[1] + i * p.bias.stride[2];
   const float* alibi = static_cast<const float*>(p.alibi.data);
-  const float alibi_slope = alibi ? alibi[b * p.alibi.stride[0] + h * p.alibi.stride[1]] : 0.0f;
+  const float alibi_slope = alibi ? alibi[h * p.alibi.stride[1]] : 0.0f;
   for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
     Vec x = load(s + c) * broadcast(p.softmax_scale);
     if (p.softcap > 0.0f) {
@@ -97,8 +96,8 @@ void transform_row(const HeadRows& rows, int64_t row, int64_t key, Columns colum
 inline void mask_row(const HeadRows& rows, int64_t row, int64_t key, Columns columns, float* s) {
   const Strided& mask = rows.p.mask;
   const Vec never = broadcast(-kInfinity);
-  const uint8_t* m = static_cast<const uint8_t*>(mask.data) + rows.b * mask.stride[0] +
-                     rows.head(row) * mask.stride[1] + rows.query(row) * mask.stride[2];
+  const uint8_t* m = static_cast<const uint8_t*>(mask.data) + rows.head(row) * mask.stride[1] +
+                     rows.query(row) * mask.stride[2];
   for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
     const int n = static_cast<int>(smaller(rows.p.seqlen_k - key - c, kWidth));
     if (n <= 0) break;
@@ -142,7 +141,7 @@ float finish_scores(const HeadRows& rows, int64_t row_begin, int64_t m, int64_t 
 // Multiplies a row by the dropout mask: 0, or dropout_scale.
 inline void drop_row(const HeadRows& rows, int64_t row, int64_t key, Columns columns, float* x) {
   const AttentionParams& p = rows.p;
-  const uint32_t plane = static_cast<uint32_t>(rows.b * p.nheads + rows.head(row));
+  const uint32_t plane = static_cast<uint32_t>(p.first_plane + rows.head(row));
   for (int64_t c = columns.begin; c < columns.end; c += kPanel) {
     uint32_t words[kPanel];
     philox_row<kPanel>(p.seed, plane, static_cast<uint32_t>(rows.query(row)),

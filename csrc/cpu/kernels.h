@@ -9,7 +9,7 @@ namespace fastattn {
 // query of one head: row = i * groups + g is query i of head hk * groups + g, so that the heads
 // that share a KV head stand together and causality stays a staircase.
 struct AttentionTask {
-  int64_t b, hk;
+  int64_t hk;
   int64_t row_begin, row_end;
   int64_t key_begin, key_end;
   float* partial;  // [rows, 2 + Dv]: row maximum, row sum, unscaled output; null: write out and lse
@@ -27,31 +27,35 @@ struct AttentionPlan {
   int64_t bwd_scratch;
 };
 
+// All but plan and those after bwd_end get the call of one sequence (AttentionParams::sequence).
 struct AttentionKernels {
   AttentionPlan (*plan)(const AttentionParams&);
   // Packs keys [key_begin, key_end) of a head; key_begin is a multiple of the key block.
-  void (*pack)(const AttentionParams&, int64_t b, int64_t hk, int64_t key_begin, int64_t key_end,
+  void (*pack)(const AttentionParams&, int64_t hk, int64_t key_begin, int64_t key_end,
                float* packed);
   // `packed` holds the blocks from key block `packed_from` on.
   void (*fwd)(const AttentionParams&, const AttentionTask&, const float* packed,
               int64_t packed_from, float* scratch);
-  // The same for few rows, straight from k and v.
-  void (*fwd_few)(const AttentionParams&, const AttentionTask&, float* scratch);
+  // The same for few rows, straight from k and v, by their type.
+  void (*fwd_few[kCacheTypes])(const AttentionParams&, const AttentionTask&, float* scratch);
   // Joins the partial results of one KV head, [splits, rows, 2 + Dv].
-  void (*merge)(const AttentionParams&, int64_t b, int64_t hk, int64_t splits, float* partial);
-  void (*bwd_delta)(const AttentionParams&, int64_t b, int64_t h);
+  void (*merge)(const AttentionParams&, int64_t hk, int64_t splits, float* partial);
   // One block of keys: begin, then its blocks of rows in order, then end.
-  void (*bwd_begin)(const AttentionParams&, int64_t b, int64_t hk, int64_t key_begin,
-                    float* scratch);
-  void (*bwd_rows)(const AttentionParams&, int64_t b, int64_t hk, int64_t key_begin,
-                   int64_t row_begin, int64_t row_end, float* scratch);
-  void (*bwd_end)(const AttentionParams&, int64_t b, int64_t hk, int64_t key_begin, float* scratch);
+  void (*bwd_begin)(const AttentionParams&, int64_t hk, int64_t key_begin, float* scratch);
+  void (*bwd_rows)(const AttentionParams&, int64_t hk, int64_t key_begin, int64_t row_begin,
+                   int64_t row_end, float* scratch);
+  void (*bwd_end)(const AttentionParams&, int64_t hk, int64_t key_begin, float* scratch);
+  void (*bwd_delta)(const AttentionParams&, int64_t b, int64_t h);
   // The gradient of one head's sink, over the batch.
   void (*bwd_sinks)(const AttentionParams&, int64_t h);
   // The gradient of a bias that all keys share.
   void (*bwd_key_bias)(const AttentionParams&);
   // dq of one query's heads from dq_sum.
   void (*bwd_store_dq)(const AttentionParams&, int64_t b, int64_t i);
+  // Token i of sequence b: rotated and written to where the cache keeps it, by the cache's type.
+  void (*append[kCacheTypes])(const AttentionParams&, const CacheUpdate&, int64_t b, int64_t i);
+  // Query i of sequence b, rotated, into row by row [B, Sq, H, D].
+  void (*rotate_q)(const AttentionParams&, const CacheUpdate&, int64_t b, int64_t i, void* q);
 };
 
 struct CpuKernels {
@@ -63,9 +67,6 @@ struct CpuKernels {
 
 // The most query rows of one KV head that fwd_few takes.
 constexpr int64_t kFewRows = 8;
-
-// How many of the threads a call of this size can use (attention_fwd.cpp).
-int attention_threads(const AttentionParams& p, int threads);
 
 // The table in use: the best tier of this machine, or the one chosen by name.
 const CpuKernels& cpu_kernels();

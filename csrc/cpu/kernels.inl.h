@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_bwd.inl.h"
+#include "attention_cache.inl.h"
 #include "attention_few.inl.h"
 #include "attention_fwd.inl.h"
 #include "kernels.h"
@@ -17,8 +18,7 @@ AttentionPlan attention_plan(const AttentionParams& p) {
   plan.key_block = size.key_block;
   plan.packed_block = size.block();
   plan.scratch_row = kTileStride + size.v_columns + kWidth + 1;
-  plan.scratch_fixed = larger(kMaxTileRows * kTileStride + 16,
-                              kFewRows * (kTileStride + kWidth + p.head_dim_v + 4 * kWidth) + 16);
+  plan.scratch_fixed = larger(kMaxTileRows * kTileStride + 16, few_scratch(p));
   const BwdSizes<T> bwd(p);
   plan.bwd_key_block = bwd.key_block;
   plan.bwd_row_block = bwd.row_block;
@@ -26,12 +26,34 @@ AttentionPlan attention_plan(const AttentionParams& p) {
   return plan;
 }
 
+template <class F>
+constexpr void set_by_cache_type(F (&table)[kCacheTypes], F float32, F bfloat16, F float16, F int8) {
+  table[static_cast<int>(Type::kFloat32)] = float32;
+  table[static_cast<int>(Type::kBFloat16)] = bfloat16;
+  table[static_cast<int>(Type::kFloat16)] = float16;
+  table[static_cast<int>(Type::kInt8)] = int8;
+}
+
 template <class T>
 constexpr AttentionKernels attention_kernels() {
-  return {attention_plan<T>,      attention_pack<T>,         attention_fwd<T>,
-          attention_fwd_few<T>,   attention_merge<T>,        attention_bwd_delta<T>,
-          attention_bwd_begin<T>, attention_bwd_rows<T>,     attention_bwd_end<T>,
-          attention_bwd_sinks<T>, attention_bwd_key_bias<T>, attention_bwd_store_dq<T>};
+  AttentionKernels k = {};
+  k.plan = attention_plan<T>;
+  k.pack = attention_pack<T>;
+  k.fwd = attention_fwd<T>;
+  set_by_cache_type(k.fwd_few, attention_fwd_few<T, float>, attention_fwd_few<T, BF16>,
+                    attention_fwd_few<T, F16>, attention_fwd_few<T, int8_t>);
+  k.merge = attention_merge<T>;
+  k.bwd_begin = attention_bwd_begin<T>;
+  k.bwd_rows = attention_bwd_rows<T>;
+  k.bwd_end = attention_bwd_end<T>;
+  k.bwd_delta = attention_bwd_delta<T>;
+  k.bwd_sinks = attention_bwd_sinks<T>;
+  k.bwd_key_bias = attention_bwd_key_bias<T>;
+  k.bwd_store_dq = attention_bwd_store_dq<T>;
+  set_by_cache_type(k.append, attention_append<T, float>, attention_append<T, BF16>,
+                    attention_append<T, F16>, attention_append<T, int8_t>);
+  k.rotate_q = attention_rotate_q<T>;
+  return k;
 }
 
 #define FASTATTN_TEXT_OF(x) #x

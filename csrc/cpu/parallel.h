@@ -38,6 +38,16 @@ void for_each(int threads, int64_t n, const F& f) {
   });
 }
 
+// The same, with an object of each worker's own.
+template <class Own, class F>
+void for_each(int threads, int64_t n, const F& f) {
+  Counter next{0};
+  parallel(threads, [&](int) {
+    Own own;
+    for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(own, t);
+  });
+}
+
 // Waits until counter >= value. Who waits has work that was handed out after the work it waits for,
 // so that somebody is always at work.
 inline void wait_for(const Counter& counter, int64_t value) {

@@ -25,6 +25,10 @@ template <class T>
 inline Vec load(const T* p) {
   return from_halves(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{});
 }
+inline Vec from_bytes(__m128i x) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)); }
+inline Vec load(const int8_t* p) {
+  return from_bytes(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
 inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
 // The first n lanes; n <= kWidth. Nothing past them is touched, the other lanes are 0.
 inline Vec load(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
@@ -34,7 +38,17 @@ inline Vec load(const T* p, int n) {
   std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(T));
   return from_halves(_mm_load_si128(reinterpret_cast<const __m128i*>(lanes)), T{});
 }
+inline Vec load(const int8_t* p, int n) {
+  alignas(8) int8_t lanes[8] = {};
+  std::memcpy(lanes, p, static_cast<size_t>(n));
+  return load(lanes);
+}
 inline void store(float* p, Vec x, int n) { _mm256_maskstore_ps(p, first(n), x); }
+inline void store(int8_t* p, Vec x, int n) {
+  alignas(32) int32_t lanes[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), _mm256_cvtps_epi32(x));
+  for (int i = 0; i < n; ++i) p[i] = static_cast<int8_t>(lanes[i]);
+}
 inline void store_halves(void* p, __m128i x, int n) {
   alignas(16) uint16_t lanes[8];
   _mm_store_si128(reinterpret_cast<__m128i*>(lanes), x);
@@ -89,6 +103,18 @@ inline float largest(Vec x) {
   __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+// Lane i is the sum over r[i]'s lanes; r is used up.
+inline Vec sum_lanes(Vec* r) {
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]) + _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    r[i] = _mm256_shuffle_ps(r[2 * i], r[2 * i + 1], 0x44) +
+           _mm256_shuffle_ps(r[2 * i], r[2 * i + 1], 0xEE);
+  }
+  return _mm256_permute2f128_ps(r[0], r[1], 0x20) + _mm256_permute2f128_ps(r[0], r[1], 0x31);
 }
 
 // lane j of row i becomes lane i of row j.

@@ -34,6 +34,10 @@ inline Vec load(const BF16* p) {
 inline Vec load(const F16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline Vec load(const int8_t* p) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x));
+}
 inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
 // The first n lanes; n <= kWidth. Nothing past them is touched, the other lanes are 0.
 inline Vec load(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
@@ -44,7 +48,13 @@ inline Vec load(const BF16* p, int n) {
 inline Vec load(const F16* p, int n) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
 }
+inline Vec load(const int8_t* p, int n) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)));
+}
 inline void store(float* p, Vec x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
+inline void store(int8_t* p, Vec x, int n) {
+  _mm_mask_storeu_epi8(p, first(n), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+}
 inline void store(F16* p, Vec x, int n) {
   _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -84,6 +94,24 @@ inline Vec select_bytes(const uint8_t* bytes, int n, Vec yes, Vec no) {
 }
 inline float sum(Vec x) { return _mm512_reduce_add_ps(x); }
 inline float largest(Vec x) { return _mm512_reduce_max_ps(x); }
+
+// Lane i is the sum over r[i]'s lanes; r is used up.
+inline Vec sum_lanes(Vec* r) {
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]) + _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_ps(r[2 * i], r[2 * i + 1], 0x44) +
+           _mm512_shuffle_ps(r[2 * i], r[2 * i + 1], 0xEE);
+  }
+  for (int n = 2; n > 0; --n) {
+    for (int i = 0; i < n; ++i) {
+      r[i] = _mm512_shuffle_f32x4(r[2 * i], r[2 * i + 1], 0x88) +
+             _mm512_shuffle_f32x4(r[2 * i], r[2 * i + 1], 0xDD);
+    }
+  }
+  return r[0];
+}
 
 // lane j of row i becomes lane i of row j.
 inline void transpose(Vec* r) {

@@ -19,19 +19,21 @@ inline float bits_float(uint32_t bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
-inline float from_half(BF16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
-inline float from_half(F16 x) {
+inline float to_float(BF16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(F16 x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7FFFu;
   if (rest >= 0x7C00u) return bits_float(sign | 0x7F800000u | (rest & 0x3FFu) << 13);
   // 2^112 moves the exponent's bias from 15 to 127 and makes a subnormal half normal.
   return bits_float(float_bits(bits_float(rest << 13) * 0x1p112f) | sign);
 }
-inline void to_half(float x, BF16* out) {
+inline float to_float(int8_t x) { return x; }
+inline void from_float(float x, int8_t* out) { *out = static_cast<int8_t>(x); }
+inline void from_float(float x, BF16* out) {
   const uint32_t bits = float_bits(x);
   const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
   out->bits = static_cast<uint16_t>(nan ? 0x7FC0u : (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
 }
-inline void to_half(float x, F16* out) {
+inline void from_float(float x, F16* out) {
   const uint32_t bits = float_bits(x), sign = bits >> 16 & 0x8000u, rest = bits & 0x7FFFFFFFu;
   uint32_t half;
   if (rest > 0x7F800000u) {
@@ -55,7 +57,7 @@ inline Vec load(const float* p) {
 }
 template <class T>
 inline Vec load(const T* p) {
-  return Vec{from_half(p[0]), from_half(p[1]), from_half(p[2]), from_half(p[3])};
+  return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
 }
 inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
 // The first n lanes; n <= kWidth. Nothing past them is touched, the other lanes are 0.
@@ -67,13 +69,13 @@ inline Vec load(const float* p, int n) {
 template <class T>
 inline Vec load(const T* p, int n) {
   float lanes[4] = {};
-  for (int i = 0; i < n; ++i) lanes[i] = from_half(p[i]);
+  for (int i = 0; i < n; ++i) lanes[i] = to_float(p[i]);
   return load(lanes);
 }
 inline void store(float* p, Vec x, int n) { std::memcpy(p, &x, static_cast<size_t>(n) * 4); }
 template <class T>
 inline void store(T* p, Vec x, int n) {
-  for (int i = 0; i < n; ++i) to_half(x[i], p + i);
+  for (int i = 0; i < n; ++i) from_float(x[i], p + i);
 }
 
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
@@ -111,6 +113,9 @@ inline float largest(Vec x) {
   const float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
   return a > b ? a : b;
 }
+
+// Lane i is the sum over r[i]'s lanes; r is used up.
+inline Vec sum_lanes(Vec* r) { return Vec{sum(r[0]), sum(r[1]), sum(r[2]), sum(r[3])}; }
 
 // lane j of row i becomes lane i of row j.
 inline void transpose(Vec* r) {

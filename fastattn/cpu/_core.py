@@ -22,3 +22,6 @@ else:
 
 # The core's numbers for types.
 TYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# The largest head dim that the kernels take (csrc/cpu/gemm.inl.h).
+MAX_HEAD_DIM = 512
