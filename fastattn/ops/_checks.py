@@ -1,5 +1,6 @@
 """Argument checks that ops share. Each names the argument, what was given and what is allowed."""
 
+import math
 import operator
 
 import torch
@@ -139,13 +140,46 @@ def check_alibi(slopes: Tensor, q: Tensor, shape: tuple[int, int, int, int]) -> 
     return slopes.expand(batch, nheads)
 
 
-def check_window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
+def check_sinks(sinks: Tensor, q: Tensor, nheads: int) -> None:
+    check_type("sinks", sinks, q)
+    check_device("sinks", sinks, q)
+    if tuple(sinks.shape) != (nheads,):
+        raise ValueError(f"sinks must have shape [H] = [{nheads}], got {list(sinks.shape)}")
+
+
+def check_numbers(
+    head_dim: int,
+    causal: bool,
+    window_size: tuple[int, int],
+    softmax_scale: float | None,
+    softcap: float,
+    dropout_p: float = 0.0,
+) -> tuple[float, int, int]:
+    """Returns (softmax_scale, window_left, window_right)."""
+    if softmax_scale is None:
+        softmax_scale = 1.0 / math.sqrt(head_dim)
+    elif not 0.0 <= softmax_scale < math.inf:
+        raise ValueError(f"softmax_scale must be finite and at least 0, got {softmax_scale}")
+    if not 0.0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be finite and at least 0 (0 = none), got {softcap}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if window_size == (-1, -1):
-        return -1, (0 if causal else -1)
+        return softmax_scale, -1, (0 if causal else -1)
     try:
         left, right = (operator.index(side) for side in window_size)
     except (TypeError, ValueError):
         left = right = -2
     if left < -1 or right < -1:
         raise ValueError(f"window_size must be two integers >= -1 (-1 = unbounded), got {window_size}")
-    return left, (0 if causal else right)
+    return softmax_scale, left, (0 if causal else right)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """What torch's autocast does to the inputs of a matrix product: float64 and integers stay."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype is torch.float64:
+        return x
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
