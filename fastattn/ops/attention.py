@@ -151,7 +151,7 @@ def check(
         check_type("bias", bias, q)
         bias = check_scores("bias", bias, q, shape)
     if alibi_slopes is not None:
-        alibi_slopes = check_alibi(alibi_slopes, q, shape)
+        alibi_slopes = check_alibi(alibi_slopes, q, shape[0], shape[1])
     if sinks is not None:
         check_sinks(sinks, q, shape[1])
     scale, left, right = check_numbers(q.shape[3], causal, window_size, softmax_scale, softcap, dropout_p)
