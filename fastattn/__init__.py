@@ -5,11 +5,13 @@ from fastattn.integrations.override import sdpa_override
 from fastattn.integrations.patch import accelerate
 from fastattn.integrations.sdpa import scaled_dot_product_attention
 from fastattn.ops.attention import attention
+from fastattn.ops.attention_decode import attention_decode
 from fastattn.ops.attention_varlen import attention_varlen
 
 __all__ = [
     "accelerate",
     "attention",
+    "attention_decode",
     "attention_varlen",
     "explain",
     "scaled_dot_product_attention",
