@@ -25,15 +25,15 @@ def draw_seed() -> Tensor:
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
 
 
-def keep_mask(seed: Tensor, p: float, planes: int, rows: int, columns: int) -> Tensor:
-    """True where a position survives: bool [planes, rows, columns]."""
+def keep_mask(seed: Tensor, p: float, planes: int, rows: int, columns: int, first: int = 0) -> Tensor:
+    """True where a position survives: bool [planes, rows, columns], from plane `first` on."""
     device = seed.device
     quads = (columns + 3) // 4
     shape = (planes, rows, quads)
     counter = [
         torch.arange(quads, device=device).expand(shape),
         torch.arange(rows, device=device)[:, None].expand(shape),
-        torch.arange(planes, device=device)[:, None, None].expand(shape),
+        torch.arange(first, first + planes, device=device)[:, None, None].expand(shape),
         torch.zeros(shape, dtype=torch.int64, device=device),
     ]
     key = [seed & _LOW, (seed >> 32) & _LOW]

@@ -1,5 +1,6 @@
 """Argument checks that ops share. Each names the argument, what was given and what is allowed."""
 
+import math
 import operator
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from fastattn import dropout
 
-_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensor(name: str, x: object) -> None:
@@ -55,7 +56,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
             and head_dim == head_dim_k > 0
             and head_dim_v > 0
             and q.dtype is k.dtype is v.dtype
-            and q.dtype in _TYPES
+            and q.dtype in TYPES
             and q.device == k.device == v.device
             and (q.stride()[3] == 1 or head_dim == 1)
             and (k.stride()[3] == 1 or head_dim == 1)
@@ -65,35 +66,65 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
     raise _qkv_error(q, k, v)
 
 
-def _qkv_error(q: Tensor, k: Tensor, v: Tensor) -> Exception:
+def check_packed(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int]:
+    """Returns (Tq, H, Tk) of packed sequences."""
+    is_tensor = isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
+    if is_tensor and q.ndim == k.ndim == v.ndim == 3:
+        total_q, nheads, head_dim = q.shape
+        total_k, nheads_k, head_dim_k = k.shape
+        total_v, nheads_v, head_dim_v = v.shape
+        if (
+            total_k == total_v
+            and nheads_k == nheads_v
+            and (nheads == nheads_k or (nheads_k and nheads % nheads_k == 0))
+            and head_dim == head_dim_k > 0
+            and head_dim_v > 0
+            and q.dtype is k.dtype is v.dtype
+            and q.dtype in TYPES
+            and q.device == k.device == v.device
+            and (q.stride()[2] == 1 or head_dim == 1)
+            and (k.stride()[2] == 1 or head_dim == 1)
+            and (v.stride()[2] == 1 or head_dim_v == 1)
+        ):
+            return total_q, nheads, total_k
+    raise _qkv_error(q, k, v, packed=True)
+
+
+def _qkv_error(q: Tensor, k: Tensor, v: Tensor, packed: bool = False) -> Exception:
+    rank, length = (3, "Tk") if packed else (4, "Sk")
+    layouts = ("[Tq, H, D]", "[Tk, Hk, D]") if packed else ("[B, Sq, H, D]", "[B, Sk, Hk, D]")
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
-        if x.ndim != 4:
-            layout = "[B, Sq, H, D]" if name == "q" else "[B, Sk, Hk, D]"
-            return ValueError(f"{name} must have 4 dimensions {layout}, got shape {list(x.shape)}")
+        if x.ndim != rank:
+            layout = layouts[name != "q"]
+            return ValueError(f"{name} must have {rank} dimensions {layout}, got shape {list(x.shape)}")
         if x.dtype is not q.dtype:
             return TypeError(f"q, k and v must share one type, got q {q.dtype} and {name} {x.dtype}")
         if x.device != q.device:
             return ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-        if x.stride(3) != 1 and x.shape[3] > 1:
-            return ValueError(
-                f"the last stride of {name} must be 1, got strides {list(x.stride())}; "
-                f"{name}.contiguous() makes it so"
-            )
-    if q.dtype not in _TYPES:
+        check_last_stride(name, x)
+    if q.dtype not in TYPES:
         return TypeError(f"q must be float32, bfloat16, float16 or float64, got {q.dtype}")
-    batches, lengths, heads, dims = zip(q.shape, k.shape, v.shape, strict=True)
-    if len(set(batches)) > 1:
-        return ValueError(f"q, k and v must share the batch size B, got {batches}")
+    *batches, lengths, heads, dims = zip(q.shape, k.shape, v.shape, strict=True)
+    if batches and len(set(batches[0])) > 1:
+        return ValueError(f"q, k and v must share the batch size B, got {batches[0]}")
     if dims[0] != dims[1]:
         return ValueError(f"q and k must share the head dim D, got {dims[0]} and {dims[1]}")
     if 0 in dims:
         return ValueError(f"head dims must be at least 1, got D {dims[0]} and Dv {dims[2]}")
     if lengths[1] != lengths[2]:
-        return ValueError(f"k and v must share the length Sk, got {lengths[1]} and {lengths[2]}")
+        return ValueError(f"k and v must share the length {length}, got {lengths[1]} and {lengths[2]}")
     if heads[1] != heads[2]:
         return ValueError(f"k and v must share the number of heads Hk, got {heads[1]} and {heads[2]}")
     return ValueError(f"H must be a multiple of Hk, got H {heads[0]} (q) and Hk {heads[1]} (k, v)")
+
+
+def check_last_stride(name: str, x: Tensor) -> None:
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(
+            f"the last stride of {name} must be 1, got strides {list(x.stride())}; "
+            f"{name}.contiguous() makes it so"
+        )
 
 
 def check_scores(name: str, x: Tensor, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
@@ -122,10 +153,9 @@ def check_scores(name: str, x: Tensor, q: Tensor, shape: tuple[int, int, int, in
     return full
 
 
-def check_alibi(slopes: Tensor, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+def check_alibi(slopes: Tensor, q: Tensor, batch: int, nheads: int) -> Tensor:
     """The slopes as [B, H], batch stride 0 where all sequences share them."""
     check_tensor("alibi_slopes", slopes)
-    batch, nheads = shape[:2]
     if slopes.dtype is not torch.float32:
         raise TypeError(f"alibi_slopes must be float32, got {slopes.dtype}")
     check_device("alibi_slopes", slopes, q)
@@ -139,13 +169,46 @@ def check_alibi(slopes: Tensor, q: Tensor, shape: tuple[int, int, int, int]) -> 
     return slopes.expand(batch, nheads)
 
 
-def check_window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
+def check_sinks(sinks: Tensor, q: Tensor, nheads: int) -> None:
+    check_type("sinks", sinks, q)
+    check_device("sinks", sinks, q)
+    if tuple(sinks.shape) != (nheads,):
+        raise ValueError(f"sinks must have shape [H] = [{nheads}], got {list(sinks.shape)}")
+
+
+def check_numbers(
+    head_dim: int,
+    causal: bool,
+    window_size: tuple[int, int],
+    softmax_scale: float | None,
+    softcap: float,
+    dropout_p: float = 0.0,
+) -> tuple[float, int, int]:
+    """Returns (softmax_scale, window_left, window_right)."""
+    if softmax_scale is None:
+        softmax_scale = 1.0 / math.sqrt(head_dim)
+    elif not 0.0 <= softmax_scale < math.inf:
+        raise ValueError(f"softmax_scale must be finite and at least 0, got {softmax_scale}")
+    if not 0.0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be finite and at least 0 (0 = none), got {softcap}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if window_size == (-1, -1):
-        return -1, (0 if causal else -1)
+        return softmax_scale, -1, (0 if causal else -1)
     try:
         left, right = (operator.index(side) for side in window_size)
     except (TypeError, ValueError):
         left = right = -2
     if left < -1 or right < -1:
         raise ValueError(f"window_size must be two integers >= -1 (-1 = unbounded), got {window_size}")
-    return left, (0 if causal else right)
+    return softmax_scale, left, (0 if causal else right)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """What torch's autocast does to the inputs of a matrix product: float64 and integers stay."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype is torch.float64:
+        return x
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))

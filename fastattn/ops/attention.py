@@ -8,15 +8,17 @@ from torch import Tensor
 
 from fastattn import dispatch, dropout
 from fastattn.ops._checks import (
+    autocast,
     check_alibi,
-    check_device,
+    check_numbers,
     check_qkv,
     check_scores,
     check_seed,
+    check_sinks,
     check_tensor,
     check_type,
-    check_window,
 )
+from fastattn.ops._gradient import AttentionFunction, first_derivative
 
 
 class Call(NamedTuple):
@@ -96,7 +98,7 @@ def attention(
     if backend is None:
         backend = dispatch.DEFAULT
     if torch._C._is_any_autocast_enabled():
-        q, k, v = _autocast(q), _autocast(k), _autocast(v)
+        q, k, v = autocast(q), autocast(k), autocast(v)
     call = check(
         q, k, v, causal, window_size, softmax_scale, softcap, alibi_slopes, mask, bias, sinks,
         dropout_p, seed,
@@ -121,16 +123,6 @@ def _needs_gradient(call: Call) -> bool:
         or (call.bias is not None and call.bias.requires_grad)
         or (call.sinks is not None and call.sinks.requires_grad)
     )
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """What torch's autocast does to the inputs of a matrix product: float64 and integers stay."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype is torch.float64:
-        return x
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
 
 
 def check(
@@ -159,30 +151,23 @@ def check(
         check_type("bias", bias, q)
         bias = check_scores("bias", bias, q, shape)
     if alibi_slopes is not None:
-        alibi_slopes = check_alibi(alibi_slopes, q, shape)
+        alibi_slopes = check_alibi(alibi_slopes, q, shape[0], shape[1])
     if sinks is not None:
-        check_type("sinks", sinks, q)
-        check_device("sinks", sinks, q)
-        if tuple(sinks.shape) != (shape[1],):
-            raise ValueError(f"sinks must have shape [H] = [{shape[1]}], got {list(sinks.shape)}")
-    if softmax_scale is None:
-        softmax_scale = 1.0 / math.sqrt(q.shape[3])
-    elif not 0.0 <= softmax_scale < math.inf:
-        raise ValueError(f"softmax_scale must be finite and at least 0, got {softmax_scale}")
-    if not 0.0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be finite and at least 0 (0 = none), got {softcap}")
-    left, right = check_window(window_size, causal)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+        check_sinks(sinks, q, shape[1])
+    scale, left, right = check_numbers(q.shape[3], causal, window_size, softmax_scale, softcap, dropout_p)
     checked_seed = check_seed(seed) if dropout_p > 0.0 or seed is not None else None
     return Call(
         q, k, v, mask, bias, alibi_slopes, sinks, checked_seed,
-        softmax_scale, left, right, softcap, dropout_p,
+        scale, left, right, softcap, dropout_p,
     )  # fmt: skip
 
 
-def attention_reference(call: Call) -> tuple[Tensor, Tensor]:
-    """The definition, in plain PyTorch and the inputs' own type; differentiable. O(Sq * Sk) memory."""
+def attention_reference(call: Call, first_plane: int = 0) -> tuple[Tensor, Tensor]:
+    """The definition, in plain PyTorch and the inputs' own type; differentiable. O(Sq * Sk) memory.
+
+    Args:
+        first_plane: of the dropout: the one of the first sequence's first head.
+    """
     q, k, v = (x.transpose(1, 2) for x in call[:3])
     groups = q.shape[1] // max(k.shape[1], 1)
     if groups != 1:
@@ -226,7 +211,7 @@ def attention_reference(call: Call) -> tuple[Tensor, Tensor]:
     if call.dropout_p > 0.0:
         assert call.seed is not None
         keep = dropout.keep_mask(
-            call.seed.to(q.device), call.dropout_p, batch * nheads, seqlen_q, seqlen_k
+            call.seed.to(q.device), call.dropout_p, batch * nheads, seqlen_q, seqlen_k, first_plane
         ).view(batch, nheads, seqlen_q, seqlen_k)
         weights = weights * keep / (1.0 - call.dropout_p)
     return (weights @ v).transpose(1, 2).contiguous(), lse
@@ -283,51 +268,18 @@ _OP_FWD = torch.ops.fastattn.attention_fwd.default
 _OP_BWD = torch.ops.fastattn.attention_bwd.default
 
 
-class _AttentionBackward(torch.autograd.Function):
-    """Stands in the graph of the gradients so that a second derivative is refused, and not 0.
-
-    `once_differentiable` does so too, but not under torch.func.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return _OP_BWD(*args)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> None:
-        raise NotImplementedError("fastattn.attention has no second derivative; backend='reference' has one")
-
-
-class _Attention(torch.autograd.Function):
-    """Stands outside the op and is used only when a gradient is needed."""
-
-    generate_vmap_rule = True
-
+class _Attention(AttentionFunction):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         return _OP_FWD(*args)  # type: ignore[no-any-return]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(*inputs[:8], *output)
-        ctx.scalars = inputs[8:13]
-        ctx.backend = inputs[13]
-
-    @staticmethod
     def backward(ctx: Any, dout: Tensor, dlse: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, out, lse, lse_rest = ctx.saved_tensors
+        *scalars, backend = ctx.scalars
         need_dbias = ctx.needs_input_grad[4]
-        differentiated = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        run: Any = _AttentionBackward.apply if differentiated else _OP_BWD
-        dq, dk, dv, dbias, dsinks = run(
-            dout, dlse, out, lse, lse_rest, *tensors, *ctx.scalars, need_dbias, ctx.backend
+        dq, dk, dv, dbias, dsinks = first_derivative(
+            _OP_BWD, dout, dlse, out, lse, lse_rest, *tensors, *scalars, need_dbias, backend
         )
         bias = dbias if need_dbias else None
         sinks = dsinks if ctx.needs_input_grad[6] else None
