@@ -3,9 +3,9 @@
 //
 //   for each block of keys: S = Q K^T by dot products; softmax; O += P V.
 //
-// Bytes: K and V once for all rows, (D + Dv) * sizeof(TK) per key. Instructions per key, AVX-512
-// and R rows of float: (D + Dv) / 16 loads, R (D + Dv) / 16 FMAs and R (D + Dv) / 64 loads of q or
-// of sums beside them, 3 R for the sums over lanes.
+// Bytes: K and V once for all rows, (D + Dv) * sizeof(T) per key. Instructions per key, AVX-512, 4
+// rows of float: D / 4 loads and as many FMAs for S, 3 for the sums over lanes; Dv / 16 loads and
+// Dv / 4 FMAs for O. Pairs of bfloat16: half of that, and Dv / 32 to make pairs of two keys.
 #pragma once
 
 #include "attention_fwd.inl.h"
@@ -15,211 +15,344 @@ namespace fastattn::FASTATTN_ISA {
 // How many keys ahead memory is asked for: about 2 us of reading, so that the two streams K and V
 // never start cold after each other's block.
 constexpr int64_t kAhead = 32;
+// Rows that share one pass over the keys.
+constexpr int kMaxGroupRows = kWidth / 4;
 
-// Pairs of bfloat16 are multiplied as they are where q and the keys both have them.
-template <class T, class TK>
-struct FewMathOf {
-  using type = FloatMath;
+// What a row of the cache must be made of to be read as it is.
+template <class Math>
+struct RowOf {
+  using type = float;
+  static constexpr Type kType = Type::kFloat32;
 };
+#if defined(__AVX512BF16__)
 template <>
-struct FewMathOf<BF16, BF16> {
-  using type = PairMath;
+struct RowOf<PairMath> {
+  using type = BF16;
+  static constexpr Type kType = Type::kBFloat16;
 };
-
-template <class TK>
-void prefetch_row(const TK* row, int64_t n) {
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(TK));
-  for (int64_t c = 0; c < n; c += kLine) __builtin_prefetch(row + c);
-}
-
-// Scores of kRows rows and kWidth / kRows keys: one vector of sums each, which sum_lanes turns into
-// one vector. Rows stand at stride kTileStride in Math's elements, 0 past head_dim.
-template <class Math, int kRows, class TK>
-void dot_products(const float* q, const TK* const* keys, int64_t head_dim, float* s) {
-  constexpr int kKeys = kWidth / kRows;
-  constexpr int kStepValues = kWidth * Math::kStep;
-  Vec sums[kWidth];
-  for (int i = 0; i < kWidth; ++i) sums[i] = zero();
-  const auto step = [&](int64_t d, int n) {
-    Vec x[kKeys];
-#pragma GCC unroll 16
-    for (int j = 0; j < kKeys; ++j) x[j] = Math::load_row(keys[j] + d, n);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      const Vec row = load(q + i * kTileStride + d / Math::kStep);
-#pragma GCC unroll 16
-      for (int j = 0; j < kKeys; ++j) {
-        sums[i * kKeys + j] = Math::mul_add(row, x[j], sums[i * kKeys + j]);
-      }
-    }
-  };
-  const int64_t whole = head_dim / kStepValues * kStepValues;
-  for (int64_t d = 0; d < whole; d += kStepValues) step(d, kStepValues);
-  if (whole < head_dim) step(whole, static_cast<int>(head_dim - whole));
-  alignas(64) float lanes[kWidth];
-  store(lanes, sum_lanes(sums));
-  for (int i = 0; i < kRows; ++i) std::memcpy(s + i * kTileStride, lanes + i * kKeys, kKeys * 4);
-}
+#endif
 
 // Rows of one block of keys, found before they are read; `known` of them, of which those past the
 // block are only asked for.
-template <class TK>
 struct BlockRows {
-  const TK* rows[kMaxKeyBlock + kAhead + kWidth];
-  int64_t known;
+  const char* rows[kMaxKeyBlock + kAhead + kWidth];
+  int64_t known, bytes;
 
-  void find(const AttentionParams& p, const Strided& x, int64_t hk, int64_t key) {
+  void find(const AttentionParams& p, const Strided& x, int64_t hk, int64_t key, int64_t columns) {
     known = smaller(kMaxKeyBlock + kAhead, p.seqlen_k - key);
+    bytes = columns * size_of(p.cache_type);
     point_at_rows(p, x, hk, key, known, rows);
     for (int64_t i = 0; i < kWidth; ++i) rows[known + i] = rows[known - 1];
   }
-  void prefetch(int64_t i, int64_t columns) const {
-    if (i < known) prefetch_row(rows[i], columns);
+  void prefetch(int64_t i) const {
+    if (i >= known) return;
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(rows[i] + at);
   }
 };
 
-// The same for the columns [begin, end) of a block; up to kWidth - 1 scores past the end are
-// written too.
-template <class Math, int kRows, class TK>
-void score_keys(const float* q, const BlockRows<TK>& keys, int64_t begin, int64_t end,
-                int64_t head_dim, float* s) {
-  constexpr int kKeys = kWidth / kRows;
-  for (int64_t c = begin; c < end; c += kKeys) {
-    for (int j = 0; j < kKeys; ++j) keys.prefetch(c + kAhead + j, head_dim);
-    dot_products<Math, kRows>(q, keys.rows + c, head_dim, s + c);
-  }
-}
+// The sizes of a call: elements of q and k in groups of lanes, of which a vector holds one for each
+// of kRows rows.
+struct FewSizes {
+  int rows;       // of a group: 1, 2 or 4
+  int64_t steps;  // vectors of q
+  int64_t lanes() const { return kWidth / rows; }
+};
 
-// Rows go in groups of 1, 2, 4 or 8.
-inline int64_t few_group(int64_t m) { return m <= 2 ? m : (m <= 4 || kWidth < 8 ? 4 : 8); }
-
-template <class Math, class TK>
-void score_rows(int64_t m, const float* q, const BlockRows<TK>& keys, int64_t begin, int64_t end,
-                int64_t head_dim, float* s) {
-  for (; m > 0; m -= kWidth, q += kWidth * kTileStride, s += kWidth * kTileStride) {
-    switch (few_group(m)) {
-      case 1: score_keys<Math, 1>(q, keys, begin, end, head_dim, s); break;
-      case 2: score_keys<Math, 2>(q, keys, begin, end, head_dim, s); break;
-      case 4: score_keys<Math, 4>(q, keys, begin, end, head_dim, s); break;
-      default: score_keys<Math, (kWidth < 8 ? 4 : 8)>(q, keys, begin, end, head_dim, s);
-    }
-  }
-}
-
-// O [kRows, kVecs * kWidth] += P V over n keys; P stands at stride kTileStride.
-template <int kRows, int kVecs, class TK>
-void weighted_sum(const float* weights, int64_t n, const TK* const* values, int64_t column,
-                  int columns, float* o, int64_t o_stride) {
-  Vec sums[kRows][kVecs];
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kVecs; ++j) sums[i][j] = load(o + i * o_stride + j * kWidth);
-  }
-  const bool whole = columns == kVecs * kWidth;
-  for (int64_t c = 0; c < n; ++c) {
-    const TK* row = values[c] + column;
-    Vec x[kVecs];
-    for (int j = 0; j < kVecs; ++j) {
-      const int lanes = columns - j * kWidth;
-      x[j] = whole || lanes >= kWidth ? load(row + j * kWidth)
-                                      : (lanes > 0 ? load(row + j * kWidth, lanes) : zero());
-    }
-    for (int i = 0; i < kRows; ++i) {
-      const Vec w = broadcast(weights[i * kTileStride + c]);
-      for (int j = 0; j < kVecs; ++j) sums[i][j] = fma(w, x[j], sums[i][j]);
-    }
-  }
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kVecs; ++j) store(o + i * o_stride + j * kWidth, sums[i][j]);
-  }
-}
-
-template <class TK>
-using WeightedSum = void (*)(const float*, int64_t, const TK* const*, int64_t, int, float*,
-                             int64_t);
-
-// A few keys at a time, whose values then stay in L1 while all rows and columns pass by.
-template <class TK>
-void add_weighted(int64_t m, const float* weights, Columns keys, const BlockRows<TK>& values,
-                  int64_t dv, const RowState& state) {
-  constexpr int kVecs = 4, kRows = 4;
-  constexpr WeightedSum<TK> sums[] = {weighted_sum<1, kVecs, TK>, weighted_sum<2, kVecs, TK>,
-                                      weighted_sum<3, kVecs, TK>, weighted_sum<4, kVecs, TK>};
-  for (int64_t key = keys.begin; key < keys.seen; key += kAhead) {
-    const int64_t n = smaller(kAhead, keys.seen - key);
-    for (int64_t c = 0; c < n; ++c) values.prefetch(key + kAhead + c, dv);
-    for (int64_t c = 0; c < dv; c += kVecs * kWidth) {
-      const int columns = static_cast<int>(smaller(dv - c, kVecs * kWidth));
-      for (int64_t row = 0; row < m; row += kRows) {
-        sums[smaller(kRows, m - row) - 1](weights + row * kTileStride + key, n, values.rows + key, c,
-                                          columns, state.out + row * state.stride + c,
-                                          state.stride);
+// Rows [0, m) of a group as vectors [steps], each with `lanes` elements of one row after the other;
+// rows past m repeat the last one, and nobody reads their scores.
+template <class T, class Math>
+void pack_queries(const HeadRows& rows, int64_t row_begin, int64_t m, FewSizes size, float* q) {
+  float row[kTileStride];
+  for (int r = 0; r < size.rows; ++r) {
+    const int64_t at = row_begin + smaller(r, m - 1);
+    copy_rows<Math>([&](int64_t) { return rows.at<const T>(rows.p.q, at); }, 1, rows.p.head_dim,
+                    row);
+    const int64_t filled = round_up(ceil_div(rows.p.head_dim, Math::kStep), kPanel);
+    for (int64_t step = 0; step < size.steps; ++step) {
+      for (int64_t g = 0; g < size.lanes(); ++g) {
+        const int64_t from = step * size.lanes() + g;
+        q[step * kWidth + r * size.lanes() + g] = from < filled ? row[from] : 0.0f;
       }
     }
   }
 }
 
-// What int8 keys and values of a block are multiplied by.
-struct BlockScales {
-  alignas(64) float k[kMaxKeyBlock + kWidth];
-  alignas(64) float v[kMaxKeyBlock + kWidth];
+// Scores of a group of rows and kWidth keys.
+template <class Math, int kRows>
+void dot_products(const float* q, int64_t steps, const char* const* keys, float* s) {
+  constexpr int kLanes = kWidth / kRows;
+  // As many keys at a time as there are registers for their addresses.
+  constexpr int kKeys = smaller(kWidth, 8);
+  Vec sums[kWidth];
+#pragma GCC unroll 2
+  for (int first = 0; first < kWidth; first += kKeys) {
+    const float* rows[kKeys];
+#pragma GCC unroll 8
+    for (int j = 0; j < kKeys; ++j) {
+      rows[j] = reinterpret_cast<const float*>(keys[first + j]);
+      sums[first + j] = zero();
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+      const Vec row = load(q + step * kWidth);
+#pragma GCC unroll 8
+      for (int j = 0; j < kKeys; ++j) {
+        const Vec key = load_group<kLanes>(rows[j] + step * kLanes);
+        sums[first + j] = Math::mul_add(row, key, sums[first + j]);
+      }
+    }
+  }
+  sum_groups<kRows>(sums);
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) store(s + i * kTileStride, sums[i]);
+}
 
-  void find(const AttentionParams& p, int64_t hk, int64_t key, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-      k[i] = scale_of(p, p.k_scale, hk, key + i);
-      v[i] = scale_of(p, p.v_scale, hk, key + i);
+template <class Math>
+void dot_products_of(FewSizes size, const float* q, const char* const* keys, float* s) {
+  if constexpr (kMaxGroupRows >= 4) {
+    if (size.rows == 4) return dot_products<Math, 4>(q, size.steps, keys, s);
+  }
+  if constexpr (kMaxGroupRows >= 2) {
+    if (size.rows == 2) return dot_products<Math, 2>(q, size.steps, keys, s);
+  }
+  dot_products<Math, 1>(q, size.steps, keys, s);
+}
+
+// O [kRows, columns] += P V over n keys. P stands at stride kTileStride, in Math's elements; there
+// are kVecs vectors of columns, the last of them with `last` columns.
+template <class Math, int kRows, int kVecs>
+struct WeightedSum {
+  static void run(const float* weights, int64_t n, const char* const* values, int64_t column,
+                  int last, float* o, int64_t o_stride) {
+    Vec sums[kRows][kVecs];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) sums[i][j] = load(o + i * o_stride + j * kWidth);
+    }
+    for (int64_t c = 0; c < n; ++c) {
+      const float* row = reinterpret_cast<const float*>(values[c]) + column;
+      Vec x[kVecs];
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs - 1; ++j) x[j] = load(row + j * kWidth);
+      x[kVecs - 1] = last == kWidth ? load(row + (kVecs - 1) * kWidth)
+                                    : load(row + (kVecs - 1) * kWidth, last);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) {
+        const Vec w = broadcast(weights[i * kTileStride + c]);
+#pragma GCC unroll 4
+        for (int j = 0; j < kVecs; ++j) sums[i][j] = fma(w, x[j], sums[i][j]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) store(o + i * o_stride + j * kWidth, sums[i][j]);
     }
   }
 };
 
-inline void scale_columns(int64_t m, Columns columns, const float* scale, float* s) {
-  for (int64_t t = 0; t < m; ++t, s += kTileStride) {
-    for (int64_t c = columns.begin; c < columns.seen; c += kWidth) {
-      store(s + c, load(s + c) * load(scale + c));
+#if defined(__AVX512BF16__)
+// Two keys at a time, and whole pairs of vectors of columns.
+template <int kRows, int kVecs>
+struct WeightedSum<PairMath, kRows, kVecs> {
+  static constexpr int kDoubles = (kVecs + 1) / 2;
+
+  static void run(const float* weights, int64_t n, const char* const* values, int64_t column,
+                  int last, float* o, int64_t o_stride) {
+    // Of the last pair of vectors.
+    const int rest = last + (kVecs % 2 ? 0 : kWidth);
+    Vec sums[kRows][2 * kDoubles];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 2 * kDoubles; ++j) sums[i][j] = load(o + i * o_stride + j * kWidth);
+#pragma GCC unroll 2
+      for (int j = 0; j < kDoubles; ++j) from_columns(&sums[i][2 * j], &sums[i][2 * j + 1]);
+    }
+    for (int64_t c = 0; c < n; c += 2) {
+      const BF16* low = reinterpret_cast<const BF16*>(values[c]) + column;
+      const BF16* high = reinterpret_cast<const BF16*>(values[c + 1]) + column;
+      Vec x[2 * kDoubles];
+#pragma GCC unroll 2
+      for (int j = 0; j < kDoubles; ++j) {
+        const int64_t at = j * 2 * kWidth;
+        const bool whole = j + 1 < kDoubles || rest == 2 * kWidth;
+        const Vec a = whole ? load_pairs(low + at) : load_pairs(low + at, rest);
+        Vec b = zero();  // the last of an odd number has no partner
+        if (c + 1 < n) b = whole ? load_pairs(high + at) : load_pairs(high + at, rest);
+        zip_columns(a, b, &x[2 * j], &x[2 * j + 1]);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) {
+        const Vec w = broadcast(weights[i * kTileStride + c / 2]);
+#pragma GCC unroll 4
+        for (int j = 0; j < 2 * kDoubles; ++j) sums[i][j] = fma_pairs(w, x[j], sums[i][j]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kDoubles; ++j) to_columns(&sums[i][2 * j], &sums[i][2 * j + 1]);
+#pragma GCC unroll 4
+      for (int j = 0; j < 2 * kDoubles; ++j) store(o + i * o_stride + j * kWidth, sums[i][j]);
+    }
+  }
+};
+#endif
+
+using WeightedSumRun = void (*)(const float*, int64_t, const char* const*, int64_t, int, float*,
+                                int64_t);
+
+template <class Math, int kRows>
+WeightedSumRun weighted_sum_of(int64_t vecs) {
+  constexpr WeightedSumRun sums[] = {WeightedSum<Math, kRows, 1>::run, WeightedSum<Math, kRows, 2>::run,
+                                     WeightedSum<Math, kRows, 3>::run, WeightedSum<Math, kRows, 4>::run};
+  return sums[vecs - 1];
+}
+
+template <class Math>
+WeightedSumRun weighted_sum_of(int64_t rows, int64_t vecs) {
+  switch (rows) {
+    case 1: return weighted_sum_of<Math, 1>(vecs);
+    case 2: return weighted_sum_of<Math, 2>(vecs);
+    case 3: return weighted_sum_of<Math, 3>(vecs);
+    default: return weighted_sum_of<Math, 4>(vecs);
+  }
+}
+
+template <class Math>
+void add_weighted(int64_t m, const float* weights, int64_t n, const char* const* values, int64_t dv,
+                  const RowState& state) {
+  constexpr int64_t kVecs = 4, kRows = 4;
+  for (int64_t c = 0; c < dv; c += kVecs * kWidth) {
+    const int64_t columns = smaller(dv - c, kVecs * kWidth), vecs = ceil_div(columns, kWidth);
+    const int last = static_cast<int>(columns - (vecs - 1) * kWidth);
+    for (int64_t row = 0; row < m; row += kRows) {
+      weighted_sum_of<Math>(smaller(kRows, m - row), vecs)(
+          weights + row * kTileStride, n, values, c, last, state.out + row * state.stride + c,
+          state.stride);
     }
   }
 }
 
+// A head's keys and values on their way into the products: as they lie in the cache where their type
+// and size allow it, else through a copy of a few rows that stays in L1.
+template <class Math>
+class FewKeys {
+ public:
+  using Row = typename RowOf<Math>::type;
+  static constexpr int64_t kCopied = kAhead;  // rows
+
+  FewKeys(const AttentionParams& p, int64_t hk, FewSizes size, float* copies)
+      : p_(p), hk_(hk), copies_(reinterpret_cast<Row*>(copies)) {
+    const bool same = p.cache_type == RowOf<Math>::kType;
+    k_as_is_ = same && p.head_dim == size.steps * size.lanes() * Math::kStep;
+    v_as_is_ = same;
+    // A row of copies holds whole groups; what lies past head_dim meets zeros of q, but must be
+    // finite.
+    stride_ = round_up(larger(size.steps * size.lanes() * Math::kStep, p.head_dim_v), 64);
+    if (!k_as_is_) std::memset(copies, 0, static_cast<size_t>(kCopied * stride_) * sizeof(Row));
+  }
+
+  // At most, in floats.
+  static int64_t scratch(const AttentionParams& p) {
+    return kCopied * round_up(larger(p.head_dim, p.head_dim_v) + kWidth * Math::kStep, 64);
+  }
+
+  void find(int64_t key) {
+    key_ = key;
+    k_.find(p_, p_.k, hk_, key, p_.head_dim);
+    v_.find(p_, p_.v, hk_, key, p_.head_dim_v);
+  }
+
+  // Pointers to kWidth keys from column c of the block on, of which `n` are wanted.
+  const char* const* keys(int64_t c, int64_t n) {
+    for (int64_t i = 0; i < kWidth; ++i) k_.prefetch(c + kAhead + i);
+    if (k_as_is_) return k_.rows + c;
+    return copy(k_, p_.k_scale, c, smaller(n, kWidth), p_.head_dim);
+  }
+  const char* const* values(int64_t c, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) v_.prefetch(c + kAhead + i);
+    if (v_as_is_) return v_.rows + c;
+    return copy(v_, p_.v_scale, c, n, p_.head_dim_v);
+  }
+
+ private:
+  const char* const* copy(const BlockRows& from, const Strided& scale, int64_t c, int64_t n,
+                          int64_t columns) {
+    gather_rows(p_, from.rows + c, scale, hk_, key_ + c, n, columns, stride_, copies_);
+    for (int64_t i = 0; i < kCopied + 1; ++i) {
+      copied_[i] = reinterpret_cast<const char*>(copies_ + smaller(i, n - 1) * stride_);
+    }
+    return copied_;
+  }
+
+  const AttentionParams& p_;
+  int64_t hk_, key_ = 0, stride_;
+  bool k_as_is_, v_as_is_;
+  Row* copies_;
+  BlockRows k_, v_;
+  const char* copied_[kCopied + 1];
+};
+
 // In floats, at most.
-inline int64_t few_scratch(const AttentionParams& p) {
-  return kFewRows * (2 * kTileStride + kWidth + p.head_dim_v + 4 * kWidth) + 16;
+template <class T>
+int64_t few_scratch(const AttentionParams& p) {
+  using Math = typename MathOf<T>::type;
+  return kFewRows * (2 * kTileStride + kWidth + p.head_dim_v + 4 * kWidth) + 16 +
+         FewKeys<Math>::scratch(p);
 }
 
-template <class T, class TK>
+template <class T>
 void attention_fwd_few(const AttentionParams& p, const AttentionTask& task, float* scratch) {
-  using Math = typename FewMathOf<T, TK>::type;
+  using Math = typename MathOf<T>::type;
   const HeadRows rows{p, task.hk};
   const int64_t m = task.row_end - task.row_begin;
-  float* s = scratch;
-  float* q = s + kFewRows * kTileStride;
+  const auto take = [&](int64_t n) {
+    float* at = scratch;
+    scratch += n;
+    return at;
+  };
   RowState state;
+  float* s = take(kFewRows * kTileStride);
+  float* q = take(kFewRows * kTileStride);
+  state.m = take(16);
+  state.l = take(kFewRows * kWidth);
   state.stride = round_up(p.head_dim_v, 4 * kWidth);
-  state.m = q + kFewRows * kTileStride;
-  state.l = state.m + 16;
-  state.out = state.l + kFewRows * kWidth;
+  state.out = take(kFewRows * state.stride);
   state.init(m);
-  // Rows that fill up a group repeat the last one; nobody reads their scores.
-  copy_rows<Math>(
-      [&](int64_t i) { return rows.at<const T>(p.q, task.row_begin + smaller(i, m - 1)); },
-      kWidth < 8 && m > 4 ? 8 : few_group(m), p.head_dim, q);
 
-  BlockRows<TK> k, v;
-  BlockScales scales;
-  const bool scaled = p.k_scale.data != nullptr;
+  FewSizes size;
+  size.rows = m == 1 ? 1 : static_cast<int>(smaller(m == 2 ? 2 : 4, kMaxGroupRows));
+  size.steps = ceil_div(ceil_div(p.head_dim, Math::kStep), size.lanes());
+  const int64_t group_floats = size.steps * kWidth;
+  for (int64_t row = 0; row < m; row += size.rows) {
+    pack_queries<T, Math>(rows, task.row_begin + row, smaller(m - row, size.rows), size,
+                          q + row / size.rows * group_floats);
+  }
+  FewKeys<Math> keys(p, task.hk, size, scratch);
+
   const int64_t begin = larger(task.key_begin, p.visible_begin(rows.query(task.row_begin)));
   const int64_t end = smaller(task.key_end, p.visible_end(rows.query(task.row_end - 1)));
   for (int64_t key = begin / kMaxKeyBlock * kMaxKeyBlock; key < end; key += kMaxKeyBlock) {
     const int64_t key_end = smaller(key + kMaxKeyBlock, end);
     const Columns columns = visible_columns(p, rows, task.row_begin, task.row_end, key, key_end);
     if (columns.empty()) continue;
-    k.find(p, p.k, task.hk, key);
-    v.find(p, p.v, task.hk, key);
-    if (scaled) scales.find(p, task.hk, key, key_end - key);
-    score_rows<Math>(m, q, k, columns.begin, columns.seen, p.head_dim, s);
-    if (scaled) scale_columns(m, columns, scales.k, s);
+    keys.find(key);
+    for (int64_t c = columns.begin; c < columns.seen; c += kWidth) {
+      const char* const* k = keys.keys(c, columns.seen - c);
+      for (int64_t row = 0; row < m; row += size.rows) {
+        dot_products_of<Math>(size, q + row / size.rows * group_floats, k,
+                              s + row * kTileStride + c);
+      }
+    }
     const float factor = finish_scores<T>(rows, task.row_begin, m, key, columns, s, nullptr);
-    softmax_tile<FloatMath>(rows, task.row_begin, 0, m, key, columns, factor, s, state);
-    if (scaled) scale_columns(m, columns, scales.v, s);
-    add_weighted(m, s, columns, v, p.head_dim_v, state);
+    softmax_tile<Math>(rows, task.row_begin, 0, m, key, columns, factor, s, state);
+    // A few keys at a time, whose values then stay in L1 while all rows and columns pass by.
+    for (int64_t c = columns.begin; c < columns.seen; c += kAhead) {
+      const int64_t n = smaller(kAhead, columns.seen - c);
+      add_weighted<Math>(m, s + c / Math::kStep, n, keys.values(c, n), p.head_dim_v, state);
+    }
   }
   finish_rows<T>(rows, task, state);
 }

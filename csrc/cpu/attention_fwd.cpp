@@ -19,6 +19,8 @@ constexpr int64_t kLeastTaskRows = 42;
 // The keys of a head with no more rows than one task are split, by length alone: it occupies the
 // cores in decoding, and no task packs more than this.
 constexpr int64_t kSplitKeys = 1024;
+// Splits begin where blocks of keys do, whatever their size (attention_scores.inl.h).
+constexpr int64_t kSplitStep = 256;
 constexpr int64_t kPackBlocks = 4;  // key blocks of a packing task
 constexpr int64_t kPackedBytes = int64_t{48} << 20;
 
@@ -82,7 +84,7 @@ class Forward {
     if (g.rows <= kTaskRows) {
       if (p_.num_splits > 0) {
         const int64_t even = (g.seqlen_k + p_.num_splits - 1) / p_.num_splits;
-        g.split_keys = (even + plan_.key_block - 1) / plan_.key_block * plan_.key_block;
+        g.split_keys = (even + kSplitStep - 1) / kSplitStep * kSplitStep;
       } else {
         g.split_keys = kSplitKeys;
       }
@@ -164,7 +166,7 @@ class Forward {
     float* partial = ring_ + slots_ * slot_ + g.first_partial + head * partial_head(g);
     if (g.splits > 1) task.partial = partial + split * g.rows * (2 + p.head_dim_v);
     if (g.few) {
-      kernels_.fwd_few[static_cast<int>(p.cache_type)](p, task, local);
+      kernels_.fwd_few(p, task, local);
     } else if (task.row_begin < task.row_end) {
       const int64_t groups = p.groups();
       const int64_t begin = std::max(task.key_begin, p.visible_begin(task.row_begin / groups));

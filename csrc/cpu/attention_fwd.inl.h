@@ -199,8 +199,11 @@ void pack_cached(const AttentionParams& p, int64_t hk, int64_t key, int64_t n,
   alignas(64) T k_rows[kGathered * kMaxHeadDim], v_rows[kGathered * kMaxHeadDim];
   for (int64_t c = 0; c < n; c += kGathered) {
     const int64_t m = smaller(kGathered, n - c);
-    gather_rows(p, p.k, p.k_scale, hk, key + c, m, p.head_dim, k_rows);
-    gather_rows(p, p.v, p.v_scale, hk, key + c, m, p.head_dim_v, v_rows);
+    const char* rows[kGathered];
+    point_at_rows(p, p.k, hk, key + c, m, rows);
+    gather_rows(p, rows, p.k_scale, hk, key + c, m, p.head_dim, kMaxHeadDim, k_rows);
+    point_at_rows(p, p.v, hk, key + c, m, rows);
+    gather_rows(p, rows, p.v_scale, hk, key + c, m, p.head_dim_v, kMaxHeadDim, v_rows);
     const auto k = [&](int64_t i) { return k_rows + i * kMaxHeadDim; };
     const auto v = [&](int64_t i) { return v_rows + i * kMaxHeadDim; };
     pack_transposed<Math>(k, m, p.head_dim, packed + c * size.d_steps);

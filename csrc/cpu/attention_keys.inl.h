@@ -16,49 +16,38 @@ inline int64_t key_offset(const AttentionParams& p, const Strided& x, int64_t hk
 }
 
 // Pointers to n rows from a key on.
-template <class TK>
-void point_at_rows(const AttentionParams& p, const Strided& x, int64_t hk, int64_t key, int64_t n,
-                   const TK** rows) {
-  const TK* data = static_cast<const TK*>(x.data);
+inline void point_at_rows(const AttentionParams& p, const Strided& x, int64_t hk, int64_t key,
+                          int64_t n, const char** rows) {
+  const int64_t bytes = size_of(p.cache_type), page = p.sequences.page_size;
   for (int64_t i = 0; i < n;) {
-    const int64_t page = p.sequences.pages ? p.sequences.page_size : n;
     // As far as this page goes.
     const int64_t run = p.sequences.pages ? smaller(n - i, page - (key + i) % page) : n;
-    const TK* row = data + key_offset(p, x, hk, key + i);
-    for (int64_t end = i + run; i < end; ++i, row += x.stride[1]) rows[i] = row;
+    const char* row = static_cast<const char*>(x.data) + key_offset(p, x, hk, key + i) * bytes;
+    for (int64_t end = i + run; i < end; ++i, row += x.stride[1] * bytes) rows[i] = row;
   }
-}
-
-inline float scale_of(const AttentionParams& p, const Strided& scale, int64_t hk, int64_t key) {
-  return static_cast<const float*>(scale.data)[key_offset(p, scale, hk, key)];
 }
 
 template <class TK, class T>
 void convert_row(const TK* from, int64_t n, float scale, T* to) {
-  for (int64_t c = 0; c < n; c += kWidth) {
-    const int lanes = static_cast<int>(smaller(n - c, kWidth));
-    store(to + c, load(from + c, lanes) * broadcast(scale), lanes);
-  }
+  const Vec by = broadcast(scale);
+  int64_t c = 0;
+  for (; c + kWidth <= n; c += kWidth) store(to + c, load(from + c) * by);
+  if (c < n) store(to + c, load(from + c, static_cast<int>(n - c)) * by, static_cast<int>(n - c));
 }
 
-// Rows [key, key + n) of one head, in T, at a distance of kMaxHeadDim.
+// n rows, keys from `key` on, in T and at a distance of `stride`.
 template <class T>
-void gather_rows(const AttentionParams& p, const Strided& x, const Strided& scale, int64_t hk,
-                 int64_t key, int64_t n, int64_t columns, T* to) {
-  for (int64_t i = 0; i < n; ++i, to += kMaxHeadDim) {
-    const int64_t at = key_offset(p, x, hk, key + i);
-    const float by = scale.data ? scale_of(p, scale, hk, key + i) : 1.0f;
+void gather_rows(const AttentionParams& p, const char* const* rows, const Strided& scale,
+                 int64_t hk, int64_t key, int64_t n, int64_t columns, int64_t stride, T* to) {
+  const float* scales = static_cast<const float*>(scale.data);
+  for (int64_t i = 0; i < n; ++i, to += stride) {
+    const float by = scales ? scales[key_offset(p, scale, hk, key + i)] : 1.0f;
+    const void* row = rows[i];
     switch (p.cache_type) {
-      case Type::kBFloat16:
-        convert_row(static_cast<const BF16*>(x.data) + at, columns, by, to);
-        break;
-      case Type::kFloat16:
-        convert_row(static_cast<const F16*>(x.data) + at, columns, by, to);
-        break;
-      case Type::kInt8:
-        convert_row(static_cast<const int8_t*>(x.data) + at, columns, by, to);
-        break;
-      default: convert_row(static_cast<const float*>(x.data) + at, columns, by, to);
+      case Type::kBFloat16: convert_row(static_cast<const BF16*>(row), columns, by, to); break;
+      case Type::kFloat16: convert_row(static_cast<const F16*>(row), columns, by, to); break;
+      case Type::kInt8: convert_row(static_cast<const int8_t*>(row), columns, by, to); break;
+      default: convert_row(static_cast<const float*>(row), columns, by, to);
     }
   }
 }

@@ -36,8 +36,8 @@ struct AttentionKernels {
   // `packed` holds the blocks from key block `packed_from` on.
   void (*fwd)(const AttentionParams&, const AttentionTask&, const float* packed,
               int64_t packed_from, float* scratch);
-  // The same for few rows, straight from k and v, by their type.
-  void (*fwd_few[kCacheTypes])(const AttentionParams&, const AttentionTask&, float* scratch);
+  // The same for few rows, straight from k and v.
+  void (*fwd_few)(const AttentionParams&, const AttentionTask&, float* scratch);
   // Joins the partial results of one KV head, [splits, rows, 2 + Dv].
   void (*merge)(const AttentionParams&, int64_t hk, int64_t splits, float* partial);
   // One block of keys: begin, then its blocks of rows in order, then end.

@@ -18,7 +18,7 @@ AttentionPlan attention_plan(const AttentionParams& p) {
   plan.key_block = size.key_block;
   plan.packed_block = size.block();
   plan.scratch_row = kTileStride + size.v_columns + kWidth + 1;
-  plan.scratch_fixed = larger(kMaxTileRows * kTileStride + 16, few_scratch(p));
+  plan.scratch_fixed = larger(kMaxTileRows * kTileStride + 16, few_scratch<T>(p));
   const BwdSizes<T> bwd(p);
   plan.bwd_key_block = bwd.key_block;
   plan.bwd_row_block = bwd.row_block;
@@ -40,8 +40,7 @@ constexpr AttentionKernels attention_kernels() {
   k.plan = attention_plan<T>;
   k.pack = attention_pack<T>;
   k.fwd = attention_fwd<T>;
-  set_by_cache_type(k.fwd_few, attention_fwd_few<T, float>, attention_fwd_few<T, BF16>,
-                    attention_fwd_few<T, F16>, attention_fwd_few<T, int8_t>);
+  k.fwd_few = attention_fwd_few<T>;
   k.merge = attention_merge<T>;
   k.bwd_begin = attention_bwd_begin<T>;
   k.bwd_rows = attention_bwd_rows<T>;

@@ -49,15 +49,8 @@ inline void store(int8_t* p, Vec x, int n) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), _mm256_cvtps_epi32(x));
   for (int i = 0; i < n; ++i) p[i] = static_cast<int8_t>(lanes[i]);
 }
-inline void store_halves(void* p, __m128i x, int n) {
-  alignas(16) uint16_t lanes[8];
-  _mm_store_si128(reinterpret_cast<__m128i*>(lanes), x);
-  std::memcpy(p, lanes, static_cast<size_t>(n) * 2);
-}
-inline void store(F16* p, Vec x, int n) {
-  store_halves(p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT), n);
-}
-inline void store(BF16* p, Vec x, int n) {
+inline __m128i to_halves(Vec x, F16) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+inline __m128i to_halves(Vec x, BF16) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
@@ -65,7 +58,18 @@ inline void store(BF16* p, Vec x, int n) {
   up = _mm256_blendv_epi8(up, _mm256_set1_epi32(0x7FC00000), nan);
   const __m256i half = _mm256_srli_epi32(up, 16);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(half, half), 0x08);
-  store_halves(p, _mm256_castsi256_si128(packed), n);
+  return _mm256_castsi256_si128(packed);
+}
+// Of halves.
+template <class T>
+inline void store(T* p, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_halves(x, T{}));
+}
+template <class T>
+inline void store(T* p, Vec x, int n) {
+  alignas(16) T lanes[8];
+  store(lanes, x);
+  std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
 }
 
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
@@ -105,8 +109,16 @@ inline float largest(Vec x) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
-// Lane i is the sum over r[i]'s lanes; r is used up.
-inline Vec sum_lanes(Vec* r) {
+// The same kLanes floats in every group of as many lanes.
+template <int kLanes>
+inline Vec load_group(const float* p) {
+  if constexpr (kLanes == 8) return load(p);
+  if constexpr (kLanes == 4) return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+}
+// r[i], for i < 8, has kGroups groups of lanes, g after g; r[g] becomes the sums over group g of
+// each, lane i from r[i].
+template <int kGroups>
+inline void sum_groups(Vec* r) {
   for (int i = 0; i < 4; ++i) {
     r[i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]) + _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
   }
@@ -114,7 +126,9 @@ inline Vec sum_lanes(Vec* r) {
     r[i] = _mm256_shuffle_ps(r[2 * i], r[2 * i + 1], 0x44) +
            _mm256_shuffle_ps(r[2 * i], r[2 * i + 1], 0xEE);
   }
-  return _mm256_permute2f128_ps(r[0], r[1], 0x20) + _mm256_permute2f128_ps(r[0], r[1], 0x31);
+  const Vec low = _mm256_permute2f128_ps(r[0], r[1], 0x20);
+  r[1] = _mm256_permute2f128_ps(r[0], r[1], 0x31);
+  r[0] = kGroups == 1 ? low + r[1] : low;
 }
 
 // lane j of row i becomes lane i of row j.

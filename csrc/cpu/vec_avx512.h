@@ -55,21 +55,27 @@ inline void store(float* p, Vec x, int n) { _mm512_mask_storeu_ps(p, first(n), x
 inline void store(int8_t* p, Vec x, int n) {
   _mm_mask_storeu_epi8(p, first(n), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
-inline void store(F16* p, Vec x, int n) {
-  _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-}
-inline void store(BF16* p, Vec x, int n) {
+inline __m256i to_halves(Vec x, F16) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+inline __m256i to_halves(Vec x, BF16) {
 #if defined(__AVX512BF16__)
-  const __m256i half = (__m256i)_mm512_cvtneps_pbh(x);
+  return (__m256i)_mm512_cvtneps_pbh(x);
 #else
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   up = _mm512_mask_mov_epi32(up, nan, _mm512_set1_epi32(0x7FC00000));
-  const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
 #endif
-  _mm256_mask_storeu_epi16(p, first(n), half);
+}
+// Of halves.
+template <class T>
+inline void store(T* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_halves(x, T{}));
+}
+template <class T>
+inline void store(T* p, Vec x, int n) {
+  _mm256_mask_storeu_epi16(p, first(n), to_halves(x, T{}));
 }
 
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -95,22 +101,39 @@ inline Vec select_bytes(const uint8_t* bytes, int n, Vec yes, Vec no) {
 inline float sum(Vec x) { return _mm512_reduce_add_ps(x); }
 inline float largest(Vec x) { return _mm512_reduce_max_ps(x); }
 
-// Lane i is the sum over r[i]'s lanes; r is used up.
-inline Vec sum_lanes(Vec* r) {
+// The same kLanes floats in every group of as many lanes.
+template <int kLanes>
+inline Vec load_group(const float* p) {
+  if constexpr (kLanes == 16) return load(p);
+  if constexpr (kLanes == 8) return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+  if constexpr (kLanes == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+}
+// r[i], for i < 16, has kGroups groups of lanes, g after g; r[g] becomes the sums over group g of
+// each, lane i from r[i].
+template <int kGroups>
+inline void sum_groups(Vec* r) {
   for (int i = 0; i < 8; ++i) {
     r[i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]) + _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
   }
+  // Now of four r each: lane by lane of 128 bits, the sums over four lanes.
   for (int i = 0; i < 4; ++i) {
     r[i] = _mm512_shuffle_ps(r[2 * i], r[2 * i + 1], 0x44) +
            _mm512_shuffle_ps(r[2 * i], r[2 * i + 1], 0xEE);
   }
-  for (int n = 2; n > 0; --n) {
-    for (int i = 0; i < n; ++i) {
-      r[i] = _mm512_shuffle_f32x4(r[2 * i], r[2 * i + 1], 0x88) +
-             _mm512_shuffle_f32x4(r[2 * i], r[2 * i + 1], 0xDD);
-    }
+  if constexpr (kGroups == 4) {
+    const Vec a = _mm512_shuffle_f32x4(r[0], r[1], 0x44), b = _mm512_shuffle_f32x4(r[2], r[3], 0x44);
+    const Vec c = _mm512_shuffle_f32x4(r[0], r[1], 0xEE), d = _mm512_shuffle_f32x4(r[2], r[3], 0xEE);
+    r[0] = _mm512_shuffle_f32x4(a, b, 0x88);
+    r[1] = _mm512_shuffle_f32x4(a, b, 0xDD);
+    r[2] = _mm512_shuffle_f32x4(c, d, 0x88);
+    r[3] = _mm512_shuffle_f32x4(c, d, 0xDD);
+    return;
   }
-  return r[0];
+  const Vec low = _mm512_shuffle_f32x4(r[0], r[1], 0x88) + _mm512_shuffle_f32x4(r[0], r[1], 0xDD);
+  const Vec high = _mm512_shuffle_f32x4(r[2], r[3], 0x88) + _mm512_shuffle_f32x4(r[2], r[3], 0xDD);
+  r[0] = _mm512_shuffle_f32x4(low, high, 0x88);
+  r[1] = _mm512_shuffle_f32x4(low, high, 0xDD);
+  if constexpr (kGroups == 1) r[0] = r[0] + r[1];
 }
 
 // lane j of row i becomes lane i of row j.
@@ -146,6 +169,23 @@ inline Vec load_pairs(const BF16* p) { return _mm512_loadu_ps(p); }
 inline Vec load_pairs(const BF16* p, int values) {
   const __mmask32 mask = values >= 32 ? ~0u : (1u << values) - 1u;
   return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p));
+}
+// Two rows of 2 * kWidth bfloat16 as pairs, in the order that costs one instruction each: `a` has
+// the first four of every eight columns, `b` the others. to_columns undoes the order.
+inline void zip_columns(Vec low, Vec high, Vec* a, Vec* b) {
+  const __m512i x = _mm512_castps_si512(low), y = _mm512_castps_si512(high);
+  *a = _mm512_castsi512_ps(_mm512_unpacklo_epi16(x, y));
+  *b = _mm512_castsi512_ps(_mm512_unpackhi_epi16(x, y));
+}
+inline void to_columns(Vec* a, Vec* b) {
+  const Vec low = _mm512_shuffle_f32x4(*a, *b, 0x44), high = _mm512_shuffle_f32x4(*a, *b, 0xEE);
+  *a = _mm512_shuffle_f32x4(low, low, 0xD8);
+  *b = _mm512_shuffle_f32x4(high, high, 0xD8);
+}
+inline void from_columns(Vec* a, Vec* b) {
+  const Vec low = _mm512_shuffle_f32x4(*a, *b, 0x88);
+  *b = _mm512_shuffle_f32x4(*a, *b, 0xDD);
+  *a = low;
 }
 inline __m512i widen(__m256i x) { return _mm512_cvtepu16_epi32(x); }
 // Lane i of the result is the pair (low[i], high[i]).

@@ -77,6 +77,10 @@ template <class T>
 inline void store(T* p, Vec x, int n) {
   for (int i = 0; i < n; ++i) from_float(x[i], p + i);
 }
+template <class T>
+inline void store(T* p, Vec x) {
+  store(p, x, kWidth);
+}
 
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 // The second operand where either is NaN.
@@ -114,8 +118,17 @@ inline float largest(Vec x) {
   return a > b ? a : b;
 }
 
-// Lane i is the sum over r[i]'s lanes; r is used up.
-inline Vec sum_lanes(Vec* r) { return Vec{sum(r[0]), sum(r[1]), sum(r[2]), sum(r[3])}; }
+// The same kLanes floats in every group of as many lanes.
+template <int kLanes>
+inline Vec load_group(const float* p) {
+  static_assert(kLanes == kWidth, "one group");
+  return load(p);
+}
+// r[i], for i < 4, has one group of lanes; r[0] becomes the sums, lane i from r[i].
+template <int kGroups>
+inline void sum_groups(Vec* r) {
+  r[0] = Vec{sum(r[0]), sum(r[1]), sum(r[2]), sum(r[3])};
+}
 
 // lane j of row i becomes lane i of row j.
 inline void transpose(Vec* r) {
