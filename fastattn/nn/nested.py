@@ -25,6 +25,6 @@ def unpack(rows: Tensor, starts: Tensor, like: Tensor) -> Tensor:
 
 
 def positions(starts: Tensor, longest: int) -> Tensor:
-    """Of each row in its sequence, [T]; all sequences end at position longest - 1."""
+    """Of each row in its sequence, [1, T]; all sequences end at position longest - 1."""
     ends = starts[1:].repeat_interleave(starts.diff())
-    return torch.arange(len(ends), device=starts.device) - ends + longest
+    return (torch.arange(len(ends), device=starts.device) - ends + longest)[None]
