@@ -67,6 +67,13 @@ def kernel_backend(backend: str) -> str:
 
 
 @pytest.fixture
+def default_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This backend is what `backend=None` means; or the reference, where it has not all the ops."""
+    whole = all(dispatch.backend_module(backend, op) for op in ("attention_varlen", "attention_decode"))
+    monkeypatch.setattr(dispatch, "DEFAULT", backend if whole else dispatch.REFERENCE)
+
+
+@pytest.fixture
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs code in a fresh interpreter; keyword arguments are environment variables."""
 

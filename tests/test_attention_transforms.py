@@ -1,5 +1,7 @@
 """Attention under torch's transforms: opcheck, compile, export, autocast, vmap, func.grad, fake tensors."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -8,6 +10,7 @@ from torch.autograd import forward_ad
 from fastattn import attention
 from fastattn.ops.attention import check
 from fastattn.testing.check import OPTION_SETS, option_set, results, upstream
+from fastattn.testing.compare import assert_close
 from fastattn.testing.inputs import qkv
 
 # torch's own, about itself: dynamo and jvp use what torch has deprecated.
@@ -90,6 +93,17 @@ class TestCompile:
         assert torch.equal(out, expected)
         gradients = (torch.autograd.grad(y, x, upstream(y))[0] for y in (out, expected))
         assert torch.equal(*gradients)
+
+    def test_one_tensor_in_three_places(self, attend):
+        x = torch.randn(2, 9, 4, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+        def gradient(attend, x):
+            return torch.autograd.grad(attend(x, x, x).square().sum(), x)[0]
+
+        compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+        truth = gradient(partial(attention, backend="reference"), x.double())
+        # The three gradients are added up in another order.
+        assert_close(gradient(compiled, x), gradient(attend, x), truth)
 
     def test_another_length(self, attend):
         compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)

@@ -6,6 +6,21 @@ import torch
 from torch import Tensor
 
 
+def differentiable(function: type["AttentionFunction"], call: tuple[Any, ...], backend: str) -> Any:
+    """Runs an op under its autograd.Function."""
+    if torch.compiler.is_compiling():
+        call = _distinct(call)
+    return function.apply(*call, backend)  # type: ignore[no-untyped-call]
+
+
+def _distinct(call: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same call without a tensor that occurs twice, which Dynamo refuses for an autograd.Function."""
+    return tuple(
+        x.view_as(x) if isinstance(x, Tensor) and any(x is earlier for earlier in call[:at]) else x
+        for at, x in enumerate(call)
+    )
+
+
 class AttentionFunction(torch.autograd.Function):
     """Stands outside an op and is used only when a gradient is needed.
 

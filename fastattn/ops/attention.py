@@ -18,7 +18,7 @@ from fastattn.ops._checks import (
     check_tensor,
     check_type,
 )
-from fastattn.ops._gradient import AttentionFunction, first_derivative
+from fastattn.ops._gradient import AttentionFunction, differentiable, first_derivative
 
 
 class Call(NamedTuple):
@@ -106,7 +106,7 @@ def attention(
     if backend == dispatch.REFERENCE:
         out, lse = attention_reference(call)
     elif _needs_gradient(call) or dispatch.in_forward_mode():
-        out, lse, _ = _Attention.apply(*call, backend)  # type: ignore[no-untyped-call]
+        out, lse, _ = differentiable(_Attention, call, backend)
     elif dispatch.must_trace() or type(q) is not Tensor:
         out, lse, _ = _OP_FWD(*call, backend)
     else:
@@ -253,9 +253,9 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
 
 def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
     call, need_dbias = Call(*args[5:-2]), args[-2]
-    dbias = call.bias if need_dbias else None
-    dbias = call.q.new_empty((0,)) if dbias is None else dbias.new_empty(dbias.shape)
-    dsinks = call.q.new_empty((0,)) if call.sinks is None else call.sinks.new_empty(call.sinks.shape)
+    nothing = call.q.new_empty((0,), dtype=torch.float32)
+    dbias = nothing if call.bias is None or not need_dbias else call.bias.new_empty(call.bias.shape)
+    dsinks = nothing.clone() if call.sinks is None else call.sinks.new_empty(call.sinks.shape)
     dq, dk, dv = (x.new_empty(x.shape) for x in call[:3])
     return dq, dk, dv, dbias, dsinks
 

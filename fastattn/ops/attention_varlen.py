@@ -18,7 +18,7 @@ from fastattn.ops._checks import (
     check_sinks,
     check_tensor,
 )
-from fastattn.ops._gradient import AttentionFunction, first_derivative
+from fastattn.ops._gradient import AttentionFunction, differentiable, first_derivative
 
 
 class Call(NamedTuple):
@@ -116,7 +116,7 @@ def attention_varlen(
     if backend == dispatch.REFERENCE:
         out, lse = attention_varlen_reference(call)
     elif _needs_gradient(call) or dispatch.in_forward_mode():
-        out, lse, _ = _AttentionVarlen.apply(*call, backend)  # type: ignore[no-untyped-call]
+        out, lse, _ = differentiable(_AttentionVarlen, call, backend)
     elif dispatch.must_trace() or not type(q) is type(cu_seqlens_q) is type(cu_seqlens_k) is Tensor:
         out, lse, _ = _OP_FWD(*call, backend)
     else:
@@ -279,7 +279,8 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
 
 def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
     call = Call(*args[5:-1])
-    dsinks = call.q.new_empty((0,)) if call.sinks is None else call.sinks.new_empty(call.sinks.shape)
+    nothing = call.q.new_empty((0,), dtype=torch.float32)
+    dsinks = nothing if call.sinks is None else call.sinks.new_empty(call.sinks.shape)
     dq, dk, dv = (x.new_empty(x.shape) for x in call[:3])
     return dq, dk, dv, dsinks
 

@@ -1,12 +1,13 @@
-"""One call of attention held against the error rule, and the option sets that its tests run."""
+"""One call of an op held against the error rule, and the option sets that its tests run."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn import attention, dispatch, explain
+from fastattn import attention, attention_varlen, dispatch, explain
 from fastattn.testing.compare import assert_close
 
 _DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
@@ -16,27 +17,49 @@ def check_attention(
     q: Tensor, k: Tensor, v: Tensor, *, backend: str, gradients: bool = True, **options: Any
 ) -> None:
     """Raises AssertionError where out, lse or a gradient breaks the error rule."""
-    given: dict[str, Any] = {"q": q, "k": k, "v": v, **options}
+    _check(attention, {"q": q, "k": k, "v": v, **options}, backend, gradients)
+
+
+def check_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    backend: str,
+    gradients: bool = True,
+    **options: Any,
+) -> None:
+    """The same for attention_varlen."""
+    starts = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    _check(attention_varlen, {"q": q, "k": k, "v": v, **starts, **options}, backend, gradients)
+
+
+def _check(op: Callable[..., Any], given: dict[str, Any], backend: str, gradients: bool) -> None:
     wide = {name: x.double() if name in _DIFFERENTIABLE and x is not None else x for name, x in given.items()}
-    ours = results(**given, backend=backend, gradients=gradients)
-    base = results(**given, backend=dispatch.REFERENCE, gradients=gradients)
-    truth = results(**wide, backend=dispatch.REFERENCE, gradients=gradients)
+    ours = results(**given, backend=backend, gradients=gradients, op=op)
+    base = results(**given, backend=dispatch.REFERENCE, gradients=gradients, op=op)
+    truth = results(**wide, backend=dispatch.REFERENCE, gradients=gradients, op=op)
+    q, k = given["q"], given["k"]
     for name in truth:
         # A shared bias or sink collects the gradients of all rows that share it.
-        rows = q.shape[0] * q.shape[1] * q.shape[2]
+        rows = math.prod(q.shape[:-1])
         shared = {"dbias": rows * k.shape[1], "dsinks": rows}.get(name, 0)
         terms = shared / max(truth[name].numel(), 1)
         assert_close(ours[name], base[name], truth[name], name, q.dtype, terms)
 
 
-def results(*, backend: str, gradients: bool = True, **given: Any) -> dict[str, Tensor]:
+def results(
+    *, backend: str, gradients: bool = True, op: Callable[..., Any] = attention, **given: Any
+) -> dict[str, Tensor]:
     """out, lse and, for a fixed upstream gradient of both, the gradient of each differentiable input."""
     leaves = {
         name: given[name].detach().requires_grad_(gradients)
         for name in _DIFFERENTIABLE
         if given.get(name) is not None
     }
-    out, lse = attention(**{**given, **leaves}, return_lse=True, backend=backend)
+    out, lse = op(**{**given, **leaves}, return_lse=True, backend=backend)
     found = {"out": out.detach(), "lse": lse.detach()}
     if gradients:
         # The reference's lse is a constant where there are no keys.
@@ -54,11 +77,11 @@ def upstream(x: Tensor) -> Tensor:
     return torch.randint(-8, 9, x.shape, generator=generator).to(x) / 4
 
 
-def refusal(backend: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | None:
+def refusal(backend: str, *args: Any, op: Callable[..., Any] = attention, **options: Any) -> str | None:
     """Why the backend does not take this call; None where it does."""
     if backend == dispatch.REFERENCE:
         return None
-    return dict(explain(attention, q, k, v, **options))[backend]
+    return dict(explain(op, *args, **options))[backend]
 
 
 class _Draw:
@@ -136,3 +159,14 @@ OPTION_SETS = tuple(_OPTION_SETS)
 def option_set(name: str, q: Tensor, k: Tensor) -> dict[str, Any]:
     """The keyword arguments of one option set, their tensors drawn to fit q and k."""
     return _OPTION_SETS[name](_Draw(q, k))
+
+
+# Options that need no [Sq, Sk]: what sequences of different lengths can share.
+PACKED_OPTION_SETS = tuple(name for name in OPTION_SETS if not name.startswith(("mask", "bias")))
+
+
+def packed_option_set(name: str, q: Tensor, batch: int) -> dict[str, Any]:
+    """The keyword arguments of one option set for packed sequences."""
+    stand_in = q.new_empty((batch, 1, q.shape[-2], 1))
+    options = option_set(name, stand_in, stand_in)
+    return {key: x for key, x in options.items() if key not in ("mask", "bias")}

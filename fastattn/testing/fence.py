@@ -13,8 +13,10 @@ _FENCE = 4096  # bytes; a multiple of the alignment that kernels may count on
 
 
 def fenced(x: Tensor) -> Tensor:
-    """A copy of x amid NaN in every dimension (amid True, where x is bool), with unaligned rows."""
-    fill = True if x.dtype is torch.bool else math.nan
+    """A copy of x amid NaN in every dimension (True or the lowest number, by type), with unaligned rows."""
+    fill = math.nan
+    if not x.is_floating_point():
+        fill = True if x.dtype is torch.bool else torch.iinfo(x.dtype).min
     around = x.new_full([size + 2 if size > 1 else size for size in x.shape], fill)
     inner = around[tuple(slice(1, -1) if size > 1 else slice(None) for size in x.shape)]
     return inner.copy_(x)
