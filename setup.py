@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import zlib
 from pathlib import Path
 
 import pybind11
@@ -117,6 +118,8 @@ class BuildCore(build_ext):
 
     def build_extension(self, ext):
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        if flags := os.environ.get("CXXFLAGS"):  # other flags, other objects
+            tag += f"-{zlib.crc32(flags.encode()):08x}"
         folder = ROOT / "build" / f"core-{tag}"
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name))

@@ -77,8 +77,9 @@ struct AttentionParams {
   int64_t seqlen_k_of(int64_t b) const {
     const int32_t* cu = sequences.cu_seqlens_k;
     if (cu) return cu[b + 1] - cu[b];
-    if (sequences.seqlens_k) return sequences.seqlens_k[b] - first_key_of(b);
-    return seqlen_k;
+    if (!sequences.seqlens_k) return seqlen_k;
+    const int64_t keys = sequences.seqlens_k[b] - first_key_of(b);
+    return keys < 0 ? 0 : keys;
   }
   // The call of sequence b alone: batch 1, its own lengths, every pointer at its first element.
   AttentionParams sequence(int64_t b) const;

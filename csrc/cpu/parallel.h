@@ -10,21 +10,28 @@
 #include <cstdlib>
 #include <new>
 #include <thread>
+#include <vector>
 
 namespace fastattn {
 
-// Runs f(thread) on up to `threads` threads of the OpenMP pool, which PyTorch shares. f takes its
-// work from a counter, so that it is all done whatever number of threads comes.
+// Runs f(thread) on up to `threads` threads of the OpenMP pool, which PyTorch shares; without
+// OpenMP, on threads that are started for it. f takes its work from a counter, so that it is all
+// done whatever number of threads comes.
 template <class F>
 void parallel(int threads, const F& f) {
-#ifdef _OPENMP
-  if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-    f(omp_get_thread_num());
+  if (threads <= 1) {
+    f(0);
     return;
   }
-#endif
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+  f(omp_get_thread_num());
+#else
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back([&f, i] { f(i); });
   f(0);
+  for (std::thread& other : others) other.join();
+#endif
 }
 
 using Counter = std::atomic<int64_t>;
