@@ -1,5 +1,6 @@
 """fastattn: fused attention kernels under one API. Importing it patches nothing."""
 
+from fastattn import nn
 from fastattn.dispatch import explain
 from fastattn.integrations.override import sdpa_override
 from fastattn.integrations.patch import accelerate
@@ -14,6 +15,7 @@ __all__ = [
     "attention_decode",
     "attention_varlen",
     "explain",
+    "nn",
     "scaled_dot_product_attention",
     "sdpa_override",
 ]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastattn.integrations.override import SdpaOverride
+from fastattn.nn.multihead_attention import MultiheadAttention
 
 _ALLOWED = (
     "allowed are transformers models and modules whose attention is torch.nn.MultiheadAttention or "
@@ -145,6 +146,8 @@ class Handle:
         note = ""
         if layer.way == "none":
             note = "computes attention itself, without transformers' interface or torch's SDPA"
+            if isinstance(layer.module, MultiheadAttention):
+                note = "is fastattn's own"
         elif not layer.chosen:
             note = "left out by filter_fn"
         elif self._model not in _accelerated:

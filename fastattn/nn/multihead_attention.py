@@ -151,6 +151,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         """
         if cache is not None:
             self._check_options("a cache", need_weights, key_padding_mask, attn_mask)
+            if self._dropout_p():
+                raise ValueError(f"dropout must be 0 with a cache, got {self.dropout}; eval() stops it")
             return self._forward_cached(query, key, value, cache, is_causal), None
         if key is None or value is None:
             raise ValueError("key and value must be tensors; they may be None only with a cache")

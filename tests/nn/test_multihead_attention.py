@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastattn import accelerate
 from fastattn.nn import MultiheadAttention
 from fastattn.testing.check import upstream
 from fastattn.testing.compare import assert_close
@@ -337,6 +338,13 @@ class TestInTransformers:
         with torch.no_grad():
             outs = [m(x.to(d), src_key_padding_mask=padding) for m, d in zip(encoders, DTYPES, strict=True)]
         assert_close(*outs)
+
+    def test_accelerate_leaves_it_alone(self) -> None:
+        both = nn.ModuleList(self.layers()[:2])
+        with accelerate(both) as handle:
+            ours, theirs = handle.report()
+        assert (ours.served, ours.note) == (False, "is fastattn's own")
+        assert theirs.served
 
     def test_decoder_layer(self) -> None:
         torch.manual_seed(0)

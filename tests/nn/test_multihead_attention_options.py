@@ -318,6 +318,12 @@ def test_rotation_needs_the_keys_place() -> None:
         module(X, None, None, need_weights=False, cache=CACHE)
 
 
+def test_a_cache_drops_nothing() -> None:
+    module = build(dropout=0.1)
+    with pytest.raises(ValueError, match=r"dropout must be 0 with a cache, got 0.1; eval\(\)"):
+        module(X, X, X, need_weights=False, cache=CACHE)
+
+
 def test_a_cache_needs_no_extra_key() -> None:
     module = build(add_bias_kv=True)
     with pytest.raises(ValueError, match="add_bias_kv must be False with a cache"):
