@@ -235,6 +235,17 @@ void add_weighted(int64_t m, const float* weights, int64_t n, const char* const*
   }
 }
 
+// A row of the cache as Math's elements.
+template <class Math, class TK>
+void copy_row(const TK* from, int64_t n, float* to) {
+  int64_t c = 0;
+  for (; c + kPanel <= n; c += kPanel) Math::store_row(to, c, load(from + c), load(from + c + kWidth));
+  if (c == n) return;
+  const int rest = static_cast<int>(n - c);
+  const Vec low = rest < kWidth ? load(from + c, rest) : load(from + c);
+  Math::store_row(to, c, low, rest > kWidth ? load(from + c + kWidth, rest - kWidth) : zero());
+}
+
 // A head's keys and values on their way into the products: as they lie in the cache where their type
 // and size allow it, else through a copy of a few rows that stays in L1.
 template <class Math>
@@ -250,13 +261,13 @@ class FewKeys {
     v_as_is_ = same;
     // A row of copies holds whole groups; what lies past head_dim meets zeros of q, but must be
     // finite.
-    stride_ = round_up(larger(size.steps * size.lanes() * Math::kStep, p.head_dim_v), 64);
+    stride_ = round_up(larger(size.steps * size.lanes() * Math::kStep, p.head_dim_v), 2 * kPanel);
     if (!k_as_is_) std::memset(copies, 0, static_cast<size_t>(kCopied * stride_) * sizeof(Row));
   }
 
   // At most, in floats.
   static int64_t scratch(const AttentionParams& p) {
-    return kCopied * round_up(larger(p.head_dim, p.head_dim_v) + kWidth * Math::kStep, 64);
+    return kCopied * round_up(larger(p.head_dim, p.head_dim_v) + kWidth * Math::kStep, 2 * kPanel);
   }
 
   void find(int64_t key) {
@@ -268,23 +279,48 @@ class FewKeys {
   // Pointers to kWidth keys from column c of the block on, of which `n` are wanted.
   const char* const* keys(int64_t c, int64_t n) {
     for (int64_t i = 0; i < kWidth; ++i) k_.prefetch(c + kAhead + i);
-    if (k_as_is_) return k_.rows + c;
-    return copy(k_, p_.k_scale, c, smaller(n, kWidth), p_.head_dim);
+    return k_as_is_ ? k_.rows + c : copy(k_.rows + c, smaller(n, kWidth), p_.head_dim);
   }
   const char* const* values(int64_t c, int64_t n) {
     for (int64_t i = 0; i < n; ++i) v_.prefetch(c + kAhead + i);
-    if (v_as_is_) return v_.rows + c;
-    return copy(v_, p_.v_scale, c, n, p_.head_dim_v);
+    return v_as_is_ ? v_.rows + c : copy(v_.rows + c, n, p_.head_dim_v);
   }
 
+  // What int8 keys or values of the block's columns are multiplied by; null where they are not.
+  const float* key_scales(Columns columns) { return find_scales(p_.k_scale, columns, k_scales_); }
+  const float* value_scales(Columns columns) { return find_scales(p_.v_scale, columns, v_scales_); }
+
  private:
-  const char* const* copy(const BlockRows& from, const Strided& scale, int64_t c, int64_t n,
-                          int64_t columns) {
-    gather_rows(p_, from.rows + c, scale, hk_, key_ + c, n, columns, stride_, copies_);
+  const char* const* copy(const char* const* rows, int64_t n, int64_t columns) {
+    switch (p_.cache_type) {
+      case Type::kBFloat16: copy_as<BF16>(rows, n, columns); break;
+      case Type::kFloat16: copy_as<F16>(rows, n, columns); break;
+      case Type::kInt8: copy_as<int8_t>(rows, n, columns); break;
+      default: copy_as<float>(rows, n, columns);
+    }
     for (int64_t i = 0; i < kCopied + 1; ++i) {
       copied_[i] = reinterpret_cast<const char*>(copies_ + smaller(i, n - 1) * stride_);
     }
     return copied_;
+  }
+
+  template <class TK>
+  void copy_as(const char* const* rows, int64_t n, int64_t columns) {
+    for (int64_t i = 0; i < n; ++i) {
+      copy_row<Math>(reinterpret_cast<const TK*>(rows[i]), columns,
+                     reinterpret_cast<float*>(copies_ + i * stride_));
+    }
+  }
+
+  const float* find_scales(const Strided& scale, Columns columns, float* scales) {
+    if (!scale.data) return nullptr;
+    const float* data = static_cast<const float*>(scale.data);
+    float* to = scales + columns.begin;
+    const int64_t n = columns.seen - columns.begin;
+    for_each_key(p_, scale, hk_, key_ + columns.begin, n,
+                 [&](int64_t i, int64_t offset) { to[i] = data[offset]; });
+    for (int64_t c = columns.seen; c < columns.end; ++c) scales[c] = 0.0f;
+    return scales;
   }
 
   const AttentionParams& p_;
@@ -293,7 +329,16 @@ class FewKeys {
   Row* copies_;
   BlockRows k_, v_;
   const char* copied_[kCopied + 1];
+  alignas(64) float k_scales_[kMaxKeyBlock], v_scales_[kMaxKeyBlock];
 };
+
+inline void scale_columns(Columns columns, const float* scales, int64_t m, float* s) {
+  for (int64_t t = 0; t < m; ++t, s += kTileStride) {
+    for (int64_t c = columns.begin; c < columns.end; c += kWidth) {
+      store(s + c, load(s + c) * load(scales + c));
+    }
+  }
+}
 
 // In floats, at most.
 template <class T>
@@ -346,8 +391,10 @@ void attention_fwd_few(const AttentionParams& p, const AttentionTask& task, floa
                               s + row * kTileStride + c);
       }
     }
+    const float *k_scales = keys.key_scales(columns), *v_scales = keys.value_scales(columns);
+    if (k_scales) scale_columns(columns, k_scales, m, s);
     const float factor = finish_scores<T>(rows, task.row_begin, m, key, columns, s, nullptr);
-    softmax_tile<Math>(rows, task.row_begin, 0, m, key, columns, factor, s, state);
+    softmax_tile<Math>(rows, task.row_begin, 0, m, key, columns, factor, s, state, v_scales);
     // A few keys at a time, whose values then stay in L1 while all rows and columns pass by.
     for (int64_t c = columns.begin; c < columns.seen; c += kAhead) {
       const int64_t n = smaller(kAhead, columns.seen - c);

@@ -66,10 +66,12 @@ inline float raise_maximum(const float* s, Columns columns, float factor, int64_
   return m == -kInfinity ? 0.0f : m;
 }
 
-// Scores become weights 2^(score - m), in Math's elements; their sums go into l.
+// Scores become weights 2^(score - m), in Math's elements; their sums go into l. `scales`, where
+// given, multiply the weights of columns afterwards: values that are yet to be scaled.
 template <class Math>
 void softmax_tile(const HeadRows& rows, int64_t row_begin, int64_t first, int64_t m, int64_t key,
-                  Columns columns, float factor, float* s, const RowState& state) {
+                  Columns columns, float factor, float* s, const RowState& state,
+                  const float* scales = nullptr) {
   const bool drop = rows.p.dropout_threshold != 0;
   for (int64_t t = 0; t < m; ++t, s += kTileStride) {
     const float top = raise_maximum(s, columns, factor, first + t, state);
@@ -82,6 +84,8 @@ void softmax_tile(const HeadRows& rows, int64_t row_begin, int64_t first, int64_
       sum1 = sum1 + b;
       if (drop) {
         FloatMath::store_row(s, c, a, b);
+      } else if (scales) {
+        Math::store_row(s, c, a * load(scales + c), b * load(scales + c + kWidth));
       } else {
         Math::store_row(s, c, a, b);
       }

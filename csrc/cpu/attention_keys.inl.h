@@ -15,16 +15,25 @@ inline int64_t key_offset(const AttentionParams& p, const Strided& x, int64_t hk
          hk * x.stride[2];
 }
 
-// Pointers to n rows from a key on.
-inline void point_at_rows(const AttentionParams& p, const Strided& x, int64_t hk, int64_t key,
-                          int64_t n, const char** rows) {
-  const int64_t bytes = size_of(p.cache_type), page = p.sequences.page_size;
+// Calls f(i, offset) for n keys from a key on: offset is where row i of them begins.
+template <class F>
+void for_each_key(const AttentionParams& p, const Strided& x, int64_t hk, int64_t key, int64_t n,
+                  const F& f) {
+  const int64_t page = p.sequences.page_size;
   for (int64_t i = 0; i < n;) {
     // As far as this page goes.
     const int64_t run = p.sequences.pages ? smaller(n - i, page - (key + i) % page) : n;
-    const char* row = static_cast<const char*>(x.data) + key_offset(p, x, hk, key + i) * bytes;
-    for (int64_t end = i + run; i < end; ++i, row += x.stride[1] * bytes) rows[i] = row;
+    int64_t offset = key_offset(p, x, hk, key + i);
+    for (const int64_t end = i + run; i < end; ++i, offset += x.stride[1]) f(i, offset);
   }
+}
+
+// Pointers to n rows from a key on.
+inline void point_at_rows(const AttentionParams& p, const Strided& x, int64_t hk, int64_t key,
+                          int64_t n, const char** rows) {
+  const char* data = static_cast<const char*>(x.data);
+  const int64_t bytes = size_of(p.cache_type);
+  for_each_key(p, x, hk, key, n, [&](int64_t i, int64_t offset) { rows[i] = data + offset * bytes; });
 }
 
 template <class TK, class T>
