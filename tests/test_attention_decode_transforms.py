@@ -217,7 +217,7 @@ def test_what_is_written_counts_as_changed(attend):
 def test_vmap_is_refused(attend):
     call = twins(make())
     before = twins(call)
-    with pytest.raises(NotImplementedError, match="attention_decode does not run under torch.func.vmap"):
+    with pytest.raises(NotImplementedError, match=r"does not run under torch\.func\.vmap"):
         torch.func.vmap(lambda q: attend(**call | {"q": q})[0])(call["q"].expand(2, -1, -1, -1, -1))
     assert_same(written(call), written(before))
 
