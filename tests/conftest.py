@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 import torch
 
-from fastattn import dispatch
+from fastattn import attention, dispatch
 from fastattn.testing.check import check_attention, refusal
 
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
@@ -46,16 +46,25 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def check(backend: str) -> Callable[..., None]:
+def check(backend: str, skip_if_refused: Callable[..., None]) -> Callable[..., None]:
     """`check_attention` on this backend; skips with the backend's own reason where it refuses."""
 
     def run(*qkv: torch.Tensor, gradients: bool = True, **options: Any) -> None:
-        reason = refusal(backend, *qkv, **options)
-        if reason is not None:
-            pytest.skip(reason)
+        skip_if_refused(attention, *qkv, **options)
         check_attention(*qkv, backend=backend, gradients=gradients, **options)
 
     return run
+
+
+@pytest.fixture
+def skip_if_refused(backend: str) -> Callable[..., None]:
+    """Skips with the backend's own reason where it refuses a call of an op."""
+
+    def skip(op: Callable[..., Any], *args: Any, **options: Any) -> None:
+        if reason := refusal(backend, *args, op=op, **options):
+            pytest.skip(reason)
+
+    return skip
 
 
 @pytest.fixture(scope="session")

@@ -41,24 +41,18 @@ SHAPES = {
 
 
 @pytest.fixture(autouse=True)
-def _backend_has_the_op(backend):
-    skip_if_refused(backend, *packed_qkv((1,), (1,), 1, 1, 1))
+def _backend_has_the_op(skip_if_refused):
+    skip_if_refused(attention_varlen, *packed_qkv((1,), (1,), 1, 1, 1))
 
 
 @pytest.fixture
 def check(backend):
-    """`check_varlen` on this backend; skips with the backend's own reason where it refuses."""
+    """`check_varlen` on this backend."""
 
     def run(*tensors, **options):
-        skip_if_refused(backend, *tensors, **{k: x for k, x in options.items() if k != "gradients"})
         check_varlen(*tensors, backend=backend, **options)
 
     return run
-
-
-def skip_if_refused(backend, *tensors, **options):
-    if reason := refusal(backend, *tensors, op=attention_varlen, **options):
-        pytest.skip(reason)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -91,7 +85,6 @@ def test_equal_lengths_give_the_bits_of_attention(kernel_backend, dtype, shape, 
     batch, seqlen_q, seqlen_k, *heads_and_dims = shape
     tensors = packed_qkv((seqlen_q,) * batch, (seqlen_k,) * batch, *heads_and_dims, dtype=dtype)
     options = packed_option_set(option, tensors[0], batch)
-    skip_if_refused(kernel_backend, *tensors, **options)
     dense = dict(zip("qkv", (x.unflatten(0, (batch, -1)) for x in tensors[:3]), strict=True))
     found = packed_results(kernel_backend, tensors, gradients=False, **options)
     expected = results(**dense, **options, backend=kernel_backend, gradients=False)
@@ -120,7 +113,6 @@ def test_dropout_is_that_of_the_padded_batch(backend):
     seqlens_q, seqlens_k = (7, 20, 0, 1), (30, 5, 9, 11)
     tensors = packed_qkv(seqlens_q, seqlens_k, 4, 2, 16)
     dropout = {"dropout_p": 0.4, "seed": 2**35 + 1}
-    skip_if_refused(backend, *tensors, **dropout)
     out = attention_varlen(*tensors, **dropout, backend=backend)
 
     def padded(dtype):
@@ -141,7 +133,6 @@ def test_a_sequence_gives_the_same_bits_alone(kernel_backend, dtype, option):
     seqlens_q, seqlens_k = (1, 150, 0, 40, 3), (400, 150, 5, 33, 0)
     tensors = packed_qkv(seqlens_q, seqlens_k, 4, 2, 64, 32, dtype=dtype)
     options = packed_option_set(option, tensors[0], batch=5)
-    skip_if_refused(kernel_backend, *tensors, **options)
     leaves = [x.requires_grad_() for x in tensors[:3]]
     together, lse = attention_varlen(*tensors, **options, return_lse=True, backend=kernel_backend)
     gradients = torch.autograd.grad(together, leaves, dout := upstream(together))
@@ -171,7 +162,6 @@ def test_threads_give_the_same_bits(kernel_backend, dtype, option):
         for lengths in (((130, 0, 33, 5), (130, 300, 9, 77)), ((1, 1, 2), (1300, 7, 260))):
             tensors = packed_qkv(*lengths, 6, 2, 64, 48, dtype=dtype)
             options = packed_option_set(option, tensors[0], batch=len(lengths[0]))
-            skip_if_refused(kernel_backend, *tensors, **options)
             for gradients in (False, True):
                 runs = []
                 for threads in (1, 2):
@@ -185,7 +175,6 @@ def test_threads_give_the_same_bits(kernel_backend, dtype, option):
 
 def test_rows_that_see_nothing(backend):
     tensors = packed_qkv((30, 4, 3), (10, 0, 3), 4, 2, 32, 16)
-    skip_if_refused(backend, *tensors)
     found = packed_results(backend, tensors, causal=True)
     blind = found["lse"] == -torch.inf
     assert blind[:, :20].all() and blind[:, 30:34].all() and not blind[:, 34:].any()
@@ -213,7 +202,6 @@ def layouts(tensors):
 def test_layouts_give_the_same_bits(kernel_backend, dtype, option):
     tensors = packed_qkv((33, 0, 14, 1), (33, 5, 140, 80), 4, 2, 24, 24, dtype=dtype)
     options = packed_option_set(option, tensors[0], batch=4)
-    skip_if_refused(kernel_backend, *tensors, **options)
     expected = packed_results(kernel_backend, tensors, **options)
     for qkv in layouts(tensors):
         found = packed_results(kernel_backend, (*qkv, *tensors[3:]), **options)
@@ -227,7 +215,6 @@ def test_fences(kernel_backend, dtype, option):
     """NaN beside every input, and a guarded band beside every output: neither may be touched."""
     tensors = packed_qkv((33, 0, 1, 70), (100, 7, 260, 33), 4, 2, 33, 17, dtype=dtype)
     options = packed_option_set(option, tensors[0], batch=4)
-    skip_if_refused(kernel_backend, *tensors, **options)
     expected = packed_results(kernel_backend, tensors, **options)
     guarded = {name: fenced(x) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     call = op.check(*(fenced(x) for x in tensors), **guarded)
@@ -247,7 +234,6 @@ def test_fences(kernel_backend, dtype, option):
 
 def test_max_seqlen_may_be_too_large(backend):
     tensors = packed_qkv((5, 9, 0), (12, 3, 7), 4, 2, 16)
-    skip_if_refused(backend, *tensors)
     expected = attention_varlen(*tensors, causal=True, backend=backend)
     for bounds in ((9, 12), (10, 100), (2**31, 2**40), (None, 12), (9, None)):
         assert torch.equal(attention_varlen(*tensors, *bounds, causal=True, backend=backend), expected)
@@ -255,7 +241,6 @@ def test_max_seqlen_may_be_too_large(backend):
 
 def test_returns_lse_only_when_asked(backend):
     tensors = packed_qkv((5, 2), (6, 3), 2, 1, 8)
-    skip_if_refused(backend, *tensors)
     out = attention_varlen(*tensors, backend=backend)
     with_lse, lse = attention_varlen(*tensors, return_lse=True, backend=backend)
     assert torch.equal(out, with_lse)

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 from fastattn import attention_varlen, explain
 from fastattn.ops.attention_varlen import check
-from fastattn.testing.check import PACKED_OPTION_SETS, packed_option_set, refusal, upstream
+from fastattn.testing.check import PACKED_OPTION_SETS, packed_option_set, upstream
 from fastattn.testing.inputs import packed_qkv, starts
 
 # torch's own, about itself: dynamo and jvp use what torch has deprecated.
@@ -25,10 +25,9 @@ def make(seqlens=SEQLENS, **options):
 
 
 @pytest.fixture
-def attend(kernel_backend):
+def attend(kernel_backend, skip_if_refused):
     """`attention_varlen` on one backend."""
-    if reason := refusal(kernel_backend, *make(), op=attention_varlen):
-        pytest.skip(reason)
+    skip_if_refused(attention_varlen, *make())
 
     def attend(*args, **kwargs):
         return attention_varlen(*args, **kwargs, backend=kernel_backend)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastattn.ops._checks import TYPES, check_device, check_last_stride, check_tensor
 
 _CACHE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+_WRITTEN = ("k_cache", "v_cache", "k_scale", "v_scale")
 
 
 def check_cache(
@@ -23,42 +24,72 @@ def check_cache(
     paged: bool,
     selected: bool,
 ) -> None:
-    """Types and shapes of q and the cache; `selected`: cache_batch_idx says which rows are used."""
+    """Types and shapes of q and the cache; `selected`: cache_batch_idx says which rows are used.
+
+    Good input passes one condition; the rest finds out what is wrong.
+    """
+    is_tensor = isinstance(q, Tensor) and isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor)
+    if not (is_tensor and q.ndim == k_cache.ndim == v_cache.ndim == 4):
+        raise _cache_error(q, k_cache, v_cache, paged)
+    batch, _, nheads, head_dim = q.shape
+    rows, size, nheads_k, head_dim_k = k_cache.shape
+    rows_v, size_v, nheads_v, head_dim_v = v_cache.shape
+    if not (
+        head_dim == head_dim_k > 0
+        and head_dim_v > 0
+        and rows == rows_v
+        and size == size_v
+        and nheads_k == nheads_v
+        and (nheads == nheads_k or (nheads_k and nheads % nheads_k == 0))
+        and (size > 0 if paged else selected or rows == batch)
+        and q.dtype in TYPES
+        and k_cache.dtype is v_cache.dtype
+        and (k_cache.dtype in _CACHE_TYPES or k_cache.dtype is q.dtype is torch.float64)
+        and q.device == k_cache.device == v_cache.device
+        and (q.stride()[3] == 1 or head_dim == 1)
+        and (k_cache.stride()[3] == 1 or head_dim == 1)
+        and (v_cache.stride()[3] == 1 or head_dim_v == 1)
+    ):
+        raise _cache_error(q, k_cache, v_cache, paged)
+    is_int8 = k_cache.dtype is torch.int8
+    if is_int8 or k_scale is not None or v_scale is not None:
+        _check_scales(k_cache, k_scale, v_scale)
+
+
+def _cache_error(q: Tensor, k_cache: Tensor, v_cache: Tensor, paged: bool) -> Exception:
     layout = "[N, page_size, Hk, {}]" if paged else "[Bc, Smax, Hk, {}]"
     layouts = ("[B, Sq, H, D]", layout.format("D"), layout.format("Dv"))
     for name, x, wanted in zip(("q", "k_cache", "v_cache"), (q, k_cache, v_cache), layouts, strict=True):
         check_tensor(name, x)
         if x.ndim != 4:
-            raise ValueError(f"{name} must have 4 dimensions {wanted}, got shape {list(x.shape)}")
+            return ValueError(f"{name} must have 4 dimensions {wanted}, got shape {list(x.shape)}")
         check_device(name, x, q)
         check_last_stride(name, x)
     if q.dtype not in TYPES:
-        raise TypeError(f"q must be float32, bfloat16, float16 or float64, got {q.dtype}")
+        return TypeError(f"q must be float32, bfloat16, float16 or float64, got {q.dtype}")
     if k_cache.dtype is not v_cache.dtype:
-        raise TypeError(f"k_cache and v_cache must share one type, got {k_cache.dtype} and {v_cache.dtype}")
+        return TypeError(f"k_cache and v_cache must share one type, got {k_cache.dtype} and {v_cache.dtype}")
     if k_cache.dtype not in _CACHE_TYPES and not k_cache.dtype is q.dtype is torch.float64:
-        raise TypeError(f"k_cache must be float32, bfloat16, float16 or int8, got {k_cache.dtype}")
-    batch, _, nheads, head_dim = q.shape
-    nheads_k, head_dim_k = k_cache.shape[2:]
+        return TypeError(f"k_cache must be float32, bfloat16, float16 or int8, got {k_cache.dtype}")
     if k_cache.shape[:3] != v_cache.shape[:3]:
-        raise ValueError(
-            f"k_cache and v_cache must share {layouts[1][:-4]}], "
+        return ValueError(
+            f"k_cache and v_cache must share {layout[:-5]}], "
             f"got {list(k_cache.shape[:3])} and {list(v_cache.shape[:3])}"
         )
+    batch, _, nheads, head_dim = q.shape
+    rows, size, nheads_k, head_dim_k = k_cache.shape
     if head_dim != head_dim_k:
-        raise ValueError(f"q and k_cache must share the head dim D, got {head_dim} and {head_dim_k}")
+        return ValueError(f"q and k_cache must share the head dim D, got {head_dim} and {head_dim_k}")
     if not (head_dim and v_cache.shape[3]):
-        raise ValueError(f"head dims must be at least 1, got D {head_dim} and Dv {v_cache.shape[3]}")
+        return ValueError(f"head dims must be at least 1, got D {head_dim} and Dv {v_cache.shape[3]}")
     if nheads != nheads_k and (not nheads_k or nheads % nheads_k):
-        raise ValueError(f"H must be a multiple of Hk, got H {nheads} (q) and Hk {nheads_k} (k_cache)")
-    if paged and k_cache.shape[1] < 1:
-        raise ValueError("page_size, the second size of k_cache, must be at least 1, got 0")
-    if not (paged or selected or k_cache.shape[0] == batch):
-        raise ValueError(
-            f"k_cache must have one row for each of the B = {batch} sequences of q, got "
-            f"{k_cache.shape[0]}; cache_batch_idx may select rows, block_table pages"
-        )
-    _check_scales(k_cache, k_scale, v_scale)
+        return ValueError(f"H must be a multiple of Hk, got H {nheads} (q) and Hk {nheads_k} (k_cache)")
+    if paged and not size:
+        return ValueError("page_size, the second size of k_cache, must be at least 1, got 0")
+    return ValueError(
+        f"k_cache must have one row for each of the B = {batch} sequences of q, got {rows}; "
+        "cache_batch_idx may select rows, block_table pages"
+    )
 
 
 def _check_scales(k_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
@@ -100,15 +131,15 @@ def check_new(
         check_last_stride(name, x)
     if k.shape[1] != v.shape[1]:
         raise ValueError(f"k and v must share the length Sn, got {k.shape[1]} and {v.shape[1]}")
-    for name, written in zip(
-        ("k_cache", "v_cache", "k_scale", "v_scale"), (k_cache, v_cache, *scales), strict=True
-    ):
-        if written is not None and any(
-            stride == 0 and size > 1 for stride, size in zip(written.stride(), written.shape, strict=True)
-        ):
+    for name, memory in zip(_WRITTEN, (k_cache, v_cache, *scales), strict=True):
+        if memory is not None and 0 in memory.stride() and _is_expanded(memory):
             raise ValueError(
-                f"{name} is written to, so it must not be expanded, got strides {list(written.stride())}"
+                f"{name} is written to, so it must not be expanded, got strides {list(memory.stride())}"
             )
+
+
+def _is_expanded(x: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
 
 
 def check_rotary(cos: Tensor, sin: Tensor, q: Tensor) -> None:
@@ -199,16 +230,15 @@ def _check_pages(call: Any, lengths: list[int], new: int) -> None:
                     )
     if not new:
         return
-    first = [length // page_size for length in lengths]
-    last = [(length + new - 1) // page_size for length in lengths]
-    if first == last:
-        written = table.gather(1, torch.tensor(first)[:, None]).flatten().tolist()
-    else:
-        written = [
-            page
-            for b, (start, end) in enumerate(zip(first, last, strict=True))
-            for page in table[b, start : end + 1].tolist()
-        ]
+    width = table.shape[1]
+    written_at = [
+        b * width + at
+        for b, length in enumerate(lengths)
+        for at in range(length // page_size, (length + new - 1) // page_size + 1)
+    ]
+    if len(written_at) == 1:
+        return
+    written = table.take(torch.tensor(written_at)).tolist()
     if len(set(written)) < len(written):
         page = next(page for page in written if written.count(page) > 1)
         raise ValueError(f"block_table must not let two sequences append to one page, got page {page} twice")

@@ -207,7 +207,9 @@ def check(
         bool(interleaved), left >= 0 or right >= 0, num_splits,
     )  # fmt: skip
     _refuse_gradient(call)
-    if not _unreadable(call):
+    if _unreadable(call):
+        _refuse_vmap(call)
+    else:
         _cache.check_values(call)
     return call
 
@@ -223,6 +225,14 @@ def _refuse_gradient(call: Call) -> None:
         raise NotImplementedError(
             "fastattn.attention_decode has no gradient: call it under torch.no_grad() or "
             "torch.inference_mode(), or use fastattn.attention"
+        )
+
+
+def _refuse_vmap(call: Call) -> None:
+    is_batched = torch._C._functorch.is_batchedtensor
+    if not torch.compiler.is_compiling() and any(is_batched(x) for x in call[:15] if x is not None):
+        raise NotImplementedError(
+            "fastattn.attention_decode does not run under torch.func.vmap: its own B is the batch"
         )
 
 
