@@ -12,9 +12,12 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-// How many keys ahead memory is asked for: about 2 us of reading, so that the two streams K and V
-// never start cold after each other's block.
-constexpr int64_t kAhead = 32;
+// How far ahead memory is asked for, so that the two streams K and V never start cold after each
+// other's block: so many bytes, but at most so many keys.
+constexpr int64_t kAheadBytes = 8192;
+constexpr int64_t kMaxAhead = 32;
+// Values that are summed before the rows' outputs are put away.
+constexpr int64_t kValueKeys = 32;
 // Rows that share one pass over the keys.
 constexpr int kMaxGroupRows = kWidth / 4;
 
@@ -32,21 +35,18 @@ struct RowOf<PairMath> {
 };
 #endif
 
-// Rows of one block of keys, found before they are read; `known` of them, of which those past the
-// block are only asked for.
+// Rows of one block of keys, found before they are read, and of the next, which are only asked for.
 struct BlockRows {
-  const char* rows[kMaxKeyBlock + kAhead + kWidth];
-  int64_t known, bytes;
+  static constexpr int64_t kSpare = kMaxAhead + kValueKeys;
+  const char* rows[kMaxKeyBlock + kSpare];
+  int64_t bytes, ahead;
 
   void find(const AttentionParams& p, const Strided& x, int64_t hk, int64_t key, int64_t columns) {
-    known = smaller(kMaxKeyBlock + kAhead, p.seqlen_k - key);
     bytes = columns * size_of(p.cache_type);
+    ahead = larger(smaller(kAheadBytes / bytes, kMaxAhead), 1);
+    const int64_t known = smaller(kMaxKeyBlock + ahead, p.seqlen_k - key);
     point_at_rows(p, x, hk, key, known, rows);
-    for (int64_t i = 0; i < kWidth; ++i) rows[known + i] = rows[known - 1];
-  }
-  void prefetch(int64_t i) const {
-    if (i >= known) return;
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(rows[i] + at);
+    for (int64_t i = 0; i < kSpare - ahead; ++i) rows[known + i] = rows[known - 1];
   }
 };
 
@@ -77,10 +77,11 @@ void pack_queries(const HeadRows& rows, int64_t row_begin, int64_t m, FewSizes s
   }
 }
 
-// Scores of a group of rows and kWidth keys.
+// Scores of a group of rows and kWidth keys, asking for the keys `ahead` rows further on.
 template <class Math, int kRows>
-void dot_products(const float* q, int64_t steps, const char* const* keys, float* s) {
+void dot_products(const float* q, int64_t steps, const char* const* keys, int64_t ahead, float* s) {
   constexpr int kLanes = kWidth / kRows;
+  constexpr int kLineSteps = kLanes >= 16 ? 1 : 16 / kLanes;
   // As many keys at a time as there are registers for their addresses.
   constexpr int kKeys = smaller(kWidth, 8);
   Vec sums[kWidth];
@@ -93,6 +94,12 @@ void dot_products(const float* q, int64_t steps, const char* const* keys, float*
       sums[first + j] = zero();
     }
     for (int64_t step = 0; step < steps; ++step) {
+      if (step % kLineSteps == 0) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kKeys; ++j) {
+          __builtin_prefetch(keys[ahead + first + j] + step * kLanes * 4);
+        }
+      }
       const Vec row = load(q + step * kWidth);
 #pragma GCC unroll 8
       for (int j = 0; j < kKeys; ++j) {
@@ -107,22 +114,24 @@ void dot_products(const float* q, int64_t steps, const char* const* keys, float*
 }
 
 template <class Math>
-void dot_products_of(FewSizes size, const float* q, const char* const* keys, float* s) {
+void dot_products_of(FewSizes size, const float* q, const char* const* keys, int64_t ahead,
+                     float* s) {
   if constexpr (kMaxGroupRows >= 4) {
-    if (size.rows == 4) return dot_products<Math, 4>(q, size.steps, keys, s);
+    if (size.rows == 4) return dot_products<Math, 4>(q, size.steps, keys, ahead, s);
   }
   if constexpr (kMaxGroupRows >= 2) {
-    if (size.rows == 2) return dot_products<Math, 2>(q, size.steps, keys, s);
+    if (size.rows == 2) return dot_products<Math, 2>(q, size.steps, keys, ahead, s);
   }
-  dot_products<Math, 1>(q, size.steps, keys, s);
+  dot_products<Math, 1>(q, size.steps, keys, ahead, s);
 }
 
-// O [kRows, columns] += P V over n keys. P stands at stride kTileStride, in Math's elements; there
-// are kVecs vectors of columns, the last of them with `last` columns.
+// O [kRows, columns] += P V over n keys, asking for the values `ahead` rows further on. P stands at
+// stride kTileStride, in Math's elements; there are kVecs vectors of columns, the last of them with
+// `last` columns.
 template <class Math, int kRows, int kVecs>
 struct WeightedSum {
-  static void run(const float* weights, int64_t n, const char* const* values, int64_t column,
-                  int last, float* o, int64_t o_stride) {
+  static void run(const float* weights, int64_t n, const char* const* values, int64_t ahead,
+                  int64_t column, int last, float* o, int64_t o_stride) {
     Vec sums[kRows][kVecs];
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
@@ -131,6 +140,9 @@ struct WeightedSum {
     }
     for (int64_t c = 0; c < n; ++c) {
       const float* row = reinterpret_cast<const float*>(values[c]) + column;
+      for (int64_t at = 0; at < kVecs * kWidth * 4; at += 64) {
+        __builtin_prefetch(values[c + ahead] + column * 4 + at);
+      }
       Vec x[kVecs];
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs - 1; ++j) x[j] = load(row + j * kWidth);
@@ -157,8 +169,8 @@ template <int kRows, int kVecs>
 struct WeightedSum<PairMath, kRows, kVecs> {
   static constexpr int kDoubles = (kVecs + 1) / 2;
 
-  static void run(const float* weights, int64_t n, const char* const* values, int64_t column,
-                  int last, float* o, int64_t o_stride) {
+  static void run(const float* weights, int64_t n, const char* const* values, int64_t ahead,
+                  int64_t column, int last, float* o, int64_t o_stride) {
     // Of the last pair of vectors.
     const int rest = last + (kVecs % 2 ? 0 : kWidth);
     Vec sums[kRows][2 * kDoubles];
@@ -176,6 +188,8 @@ struct WeightedSum<PairMath, kRows, kVecs> {
 #pragma GCC unroll 2
       for (int j = 0; j < kDoubles; ++j) {
         const int64_t at = j * 2 * kWidth;
+        __builtin_prefetch(values[c + ahead] + (column + at) * 2);
+        __builtin_prefetch(values[c + 1 + ahead] + (column + at) * 2);
         const bool whole = j + 1 < kDoubles || rest == 2 * kWidth;
         const Vec a = whole ? load_pairs(low + at) : load_pairs(low + at, rest);
         Vec b = zero();  // the last of an odd number has no partner
@@ -200,8 +214,8 @@ struct WeightedSum<PairMath, kRows, kVecs> {
 };
 #endif
 
-using WeightedSumRun = void (*)(const float*, int64_t, const char* const*, int64_t, int, float*,
-                                int64_t);
+using WeightedSumRun = void (*)(const float*, int64_t, const char* const*, int64_t, int64_t, int,
+                                float*, int64_t);
 
 template <class Math, int kRows>
 WeightedSumRun weighted_sum_of(int64_t vecs) {
@@ -221,15 +235,15 @@ WeightedSumRun weighted_sum_of(int64_t rows, int64_t vecs) {
 }
 
 template <class Math>
-void add_weighted(int64_t m, const float* weights, int64_t n, const char* const* values, int64_t dv,
-                  const RowState& state) {
+void add_weighted(int64_t m, const float* weights, int64_t n, const char* const* values,
+                  int64_t ahead, int64_t dv, const RowState& state) {
   constexpr int64_t kVecs = 4, kRows = 4;
   for (int64_t c = 0; c < dv; c += kVecs * kWidth) {
     const int64_t columns = smaller(dv - c, kVecs * kWidth), vecs = ceil_div(columns, kWidth);
     const int last = static_cast<int>(columns - (vecs - 1) * kWidth);
     for (int64_t row = 0; row < m; row += kRows) {
       weighted_sum_of<Math>(smaller(kRows, m - row), vecs)(
-          weights + row * kTileStride, n, values, c, last, state.out + row * state.stride + c,
+          weights + row * kTileStride, n, values, ahead, c, last, state.out + row * state.stride + c,
           state.stride);
     }
   }
@@ -252,7 +266,7 @@ template <class Math>
 class FewKeys {
  public:
   using Row = typename RowOf<Math>::type;
-  static constexpr int64_t kCopied = kAhead;  // rows
+  static constexpr int64_t kCopied = kValueKeys;  // rows
 
   FewKeys(const AttentionParams& p, int64_t hk, FewSizes size, float* copies)
       : p_(p), hk_(hk), copies_(reinterpret_cast<Row*>(copies)) {
@@ -276,27 +290,28 @@ class FewKeys {
     v_.find(p_, p_.v, hk_, key, p_.head_dim_v);
   }
 
-  // Pointers to kWidth keys from column c of the block on, of which `n` are wanted.
+  // Pointers to kWidth keys from column c of the block on, of which `n` are wanted; and to values.
   const char* const* keys(int64_t c, int64_t n) {
-    for (int64_t i = 0; i < kWidth; ++i) k_.prefetch(c + kAhead + i);
-    return k_as_is_ ? k_.rows + c : copy(k_.rows + c, smaller(n, kWidth), p_.head_dim);
+    return k_as_is_ ? k_.rows + c : copy(k_, c, smaller(n, kWidth), p_.head_dim);
   }
   const char* const* values(int64_t c, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) v_.prefetch(c + kAhead + i);
-    return v_as_is_ ? v_.rows + c : copy(v_.rows + c, n, p_.head_dim_v);
+    return v_as_is_ ? v_.rows + c : copy(v_, c, n, p_.head_dim_v);
   }
+  // How far behind these pointers those stand that are to be asked for.
+  int64_t keys_ahead() const { return k_as_is_ ? k_.ahead : 0; }
+  int64_t values_ahead() const { return v_as_is_ ? v_.ahead : 0; }
 
   // What int8 keys or values of the block's columns are multiplied by; null where they are not.
   const float* key_scales(Columns columns) { return find_scales(p_.k_scale, columns, k_scales_); }
   const float* value_scales(Columns columns) { return find_scales(p_.v_scale, columns, v_scales_); }
 
  private:
-  const char* const* copy(const char* const* rows, int64_t n, int64_t columns) {
+  const char* const* copy(const BlockRows& from, int64_t c, int64_t n, int64_t columns) {
     switch (p_.cache_type) {
-      case Type::kBFloat16: copy_as<BF16>(rows, n, columns); break;
-      case Type::kFloat16: copy_as<F16>(rows, n, columns); break;
-      case Type::kInt8: copy_as<int8_t>(rows, n, columns); break;
-      default: copy_as<float>(rows, n, columns);
+      case Type::kBFloat16: copy_as<BF16>(from, c, n, columns); break;
+      case Type::kFloat16: copy_as<F16>(from, c, n, columns); break;
+      case Type::kInt8: copy_as<int8_t>(from, c, n, columns); break;
+      default: copy_as<float>(from, c, n, columns);
     }
     for (int64_t i = 0; i < kCopied + 1; ++i) {
       copied_[i] = reinterpret_cast<const char*>(copies_ + smaller(i, n - 1) * stride_);
@@ -305,9 +320,11 @@ class FewKeys {
   }
 
   template <class TK>
-  void copy_as(const char* const* rows, int64_t n, int64_t columns) {
+  void copy_as(const BlockRows& from, int64_t c, int64_t n, int64_t columns) {
     for (int64_t i = 0; i < n; ++i) {
-      copy_row<Math>(reinterpret_cast<const TK*>(rows[i]), columns,
+      const char* ahead = from.rows[c + i + from.ahead];
+      for (int64_t at = 0; at < from.bytes; at += 64) __builtin_prefetch(ahead + at);
+      copy_row<Math>(reinterpret_cast<const TK*>(from.rows[c + i]), columns,
                      reinterpret_cast<float*>(copies_ + i * stride_));
     }
   }
@@ -387,7 +404,7 @@ void attention_fwd_few(const AttentionParams& p, const AttentionTask& task, floa
     for (int64_t c = columns.begin; c < columns.seen; c += kWidth) {
       const char* const* k = keys.keys(c, columns.seen - c);
       for (int64_t row = 0; row < m; row += size.rows) {
-        dot_products_of<Math>(size, q + row / size.rows * group_floats, k,
+        dot_products_of<Math>(size, q + row / size.rows * group_floats, k, keys.keys_ahead(),
                               s + row * kTileStride + c);
       }
     }
@@ -396,9 +413,10 @@ void attention_fwd_few(const AttentionParams& p, const AttentionTask& task, floa
     const float factor = finish_scores<T>(rows, task.row_begin, m, key, columns, s, nullptr);
     softmax_tile<Math>(rows, task.row_begin, 0, m, key, columns, factor, s, state, v_scales);
     // A few keys at a time, whose values then stay in L1 while all rows and columns pass by.
-    for (int64_t c = columns.begin; c < columns.seen; c += kAhead) {
-      const int64_t n = smaller(kAhead, columns.seen - c);
-      add_weighted<Math>(m, s + c / Math::kStep, n, keys.values(c, n), p.head_dim_v, state);
+    for (int64_t c = columns.begin; c < columns.seen; c += kValueKeys) {
+      const int64_t n = smaller(kValueKeys, columns.seen - c);
+      add_weighted<Math>(m, s + c / Math::kStep, n, keys.values(c, n), keys.values_ahead(),
+                         p.head_dim_v, state);
     }
   }
   finish_rows<T>(rows, task, state);
