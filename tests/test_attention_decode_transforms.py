@@ -275,7 +275,11 @@ BAD = {
     "negative": ("dense", {"cache_seqlens": ints(9, -1, 14)}, ValueError, r"got -1 \(sequence 1\)"),
     "full": ("dense", {"cache_seqlens": ints(9, 0, 18)}, ValueError, r"Smax = 19 - 2 app.*got 18 \(seq.* 2"),
     "full_number": ("dense", {"cache_seqlens": 18}, ValueError, "Smax = 19 - 2 appended, got 18"),
-    "full_read": ("dense", {"cache_seqlens": 20, "k": None, "v": None}, ValueError, r"Smax = 19, got 20"),
+    "full_read": ("dense", {"cache_seqlens": 20, "k": None, "v": None}, ValueError, r"0 \.\.\. 19, got 20"),
+    "huge_number": ("dense", {"cache_seqlens": 2**40}, ValueError, r"0 \.\.\. 19, got 1099511627776"),
+    "negative_number": ("dense", {"cache_seqlens": -1}, ValueError, r"0 \.\.\. 19, got -1"),
+    "full_read_tensor": ("dense", {"cache_seqlens": ints(0, 20, 1), "k": None, "v": None}, ValueError,
+                         r"0 \.\.\. Smax = 19, got 20 \(sequence 1\)"),
     "full_pages": ("paged", {"cache_seqlens": ints(9, 0, 19)}, ValueError,
                    r"max_pages \* page_size = 5 \* 4 - 2 appended, got 19"),
     # block_table, cache_batch_idx, cache_leftpad.

@@ -182,11 +182,14 @@ def check(
         _cache.check_new(q, k, v, k_cache, v_cache, k_scale, v_scale)
         if cache_seqlens is None:
             raise ValueError("cache_seqlens must be given with k and v: it says where they are written")
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     if cache_seqlens is None:
-        cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+        cache_seqlens = capacity
     if isinstance(cache_seqlens, Tensor):
         cache_seqlens = _cache.check_index("cache_seqlens", cache_seqlens, q)
     elif isinstance(cache_seqlens, int | torch.SymInt) and not isinstance(cache_seqlens, bool):
+        if not 0 <= cache_seqlens <= capacity:
+            raise ValueError(f"cache_seqlens must be in 0 ... {capacity}, got {cache_seqlens}")
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
     else:
         raise TypeError(f"cache_seqlens must be an int or int32 [B], got {type(cache_seqlens).__name__}")
@@ -243,6 +246,7 @@ def _unreadable(call: Call) -> bool:
 
 def attention_decode_reference(call: Call) -> tuple[Tensor, Tensor]:
     """The definition, in plain PyTorch: appends, rotates, then `attention`, sequence by sequence."""
+    _cache.check_values(call)  # `check` could not where somebody traces
     q = call.q
     batch, seqlen_q, nheads, _ = q.shape
     if call.k is not None:

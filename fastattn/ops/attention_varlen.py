@@ -192,7 +192,7 @@ def _check_starts(name: str, starts: Tensor, q: Tensor) -> None:
 
 
 def _check_lengths(side: str, starts: Tensor, total: int, max_seqlen: int | None) -> int:
-    """Looks at what cu_seqlens_<side> holds, on the CPU. Returns a bound of the lengths."""
+    """Looks at what cu_seqlens_<side> holds, on the CPU. Returns the longest length, or a bound of it."""
     if max_seqlen is not None and not isinstance(max_seqlen, int):
         raise TypeError(f"max_seqlen_{side} must be an int, got {type(max_seqlen).__name__}")
     if starts.device.type != "cpu":
@@ -203,13 +203,19 @@ def _check_lengths(side: str, starts: Tensor, total: int, max_seqlen: int | None
     if at[0] != 0 or at[-1] != total or at != sorted(at):
         raise _lengths_error(f"cu_seqlens_{side}", at, f"T{side} = {total}, the number of rows of {side}")
     longest = max(map(sub, at[1:], at), default=0)
-    if max_seqlen is None:
-        return longest
-    if max_seqlen < longest:
+    if max_seqlen is not None and max_seqlen < longest:
         raise ValueError(
             f"max_seqlen_{side} must be at least {longest}, the longest sequence of {side}, got {max_seqlen}"
         )
-    return max_seqlen
+    return longest
+
+
+def _with_lengths(call: Call) -> Call:
+    """The same call once its lengths have been looked at: `check` could not where somebody traces."""
+    return call._replace(
+        max_seqlen_q=_check_lengths("q", call.cu_seqlens_q, call.q.shape[0], call.max_seqlen_q),
+        max_seqlen_k=_check_lengths("k", call.cu_seqlens_k, call.k.shape[0], call.max_seqlen_k),
+    )
 
 
 def _lengths_error(name: str, at: list[int], total: str) -> Exception:
@@ -223,6 +229,7 @@ def _lengths_error(name: str, at: list[int], total: str) -> Exception:
 
 def attention_varlen_reference(call: Call) -> tuple[Tensor, Tensor]:
     """The definition: `attention`'s, one sequence after the other; differentiable."""
+    call = _with_lengths(call)
     nheads = call.q.shape[1]
     outs, lses = [], []
     at_q, at_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
@@ -256,9 +263,7 @@ _LIB.define(
 
 
 def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call(*args[:-1])
-    _check_lengths("q", call.cu_seqlens_q, call.q.shape[0], call.max_seqlen_q)
-    _check_lengths("k", call.cu_seqlens_k, call.k.shape[0], call.max_seqlen_k)
+    call = _with_lengths(Call(*args[:-1]))
     module = dispatch.choose("attention_varlen", args[-1], call.q.device, call)
     return module.attention_varlen_fwd(call)  # type: ignore[no-any-return]
 
