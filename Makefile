@@ -20,7 +20,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 CORE := setup.py pyproject.toml $(CPP)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench clean FORCE
+.PHONY: help demo test lint format bench sanitize clean FORCE
 
 help:
 	@echo 'make demo    a real language model, with PyTorch and with fastattn'
@@ -29,6 +29,7 @@ help:
 	@echo 'make lint    ruff, mypy, clang-format'
 	@echo 'make format  writes the format that lint asks for'
 	@echo 'make bench   the benchmarks (ARGS="--quick")'
+	@echo 'make sanitize  the core under AddressSanitizer, UBSan and ThreadSanitizer (gcc)'
 	@echo 'make clean   removes all that was built and installed here'
 	@echo 'TORCH="torch==2.6.0" with any of these takes another torch.'
 
@@ -53,6 +54,23 @@ format: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m fastattn bench $(ARGS)
+
+# The core with a sanitizer in build/SANITIZER/, and the tests that reach every kernel on it. Neither
+# Python nor torch is instrumented: no leaks are looked for, and for ThreadSanitizer the core starts
+# its own threads, since it knows nothing of OpenMP's barriers.
+ASAN := -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=undefined
+TSAN := -O1 -g -fno-omit-frame-pointer -fno-openmp
+RUNTIME = $(foreach name,$(1),$(shell $${CXX:-g++} -print-file-name=lib$(name).so))
+SANITIZED = PYTHONPATH=build/$(1) $(BIN)/pytest -q -p no:cacheprovider -m sanitize
+
+sanitize: $(VENV)/dev.stamp
+	CXXFLAGS='$(ASAN) -fsanitize=address,undefined' LDFLAGS=-fsanitize=address,undefined \
+		$(BIN)/python setup.py -q build --build-lib build/asan
+	CXXFLAGS='$(TSAN) -fsanitize=thread' LDFLAGS=-fsanitize=thread \
+		$(BIN)/python setup.py -q build --build-lib build/tsan
+	LD_PRELOAD='$(call RUNTIME,asan ubsan)' ASAN_OPTIONS=detect_leaks=0 $(call SANITIZED,asan)
+	LD_PRELOAD='$(call RUNTIME,tsan)' TSAN_OPTIONS=ignore_noninstrumented_modules=1,halt_on_error=1 \
+		$(call SANITIZED,tsan)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastattn/_C*.so

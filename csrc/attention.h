@@ -1,8 +1,6 @@
 // The border between host and kernels: what one call of attention is, in raw pointers.
 #pragma once
 
-#include <initializer_list>
-
 #include "params.h"
 
 namespace fastattn {
@@ -28,7 +26,8 @@ struct AttentionParams {
   Strided q;        // [B, Sq, H, D], last stride 1
   Strided k;        // [B, Sk, Hk, D], last stride 1; pages [N, page_size, Hk, D]
   Strided v;        // [B, Sk, Hk, Dv], last stride 1; pages [N, page_size, Hk, Dv]
-  Strided k_scale;  // float [B, Sk, Hk] or pages, what an int8 key is multiplied by; data null: none
+  Strided
+      k_scale;  // float [B, Sk, Hk] or pages, what an int8 key is multiplied by; data null: none
   Strided v_scale;
   Strided out;         // [B, Sq, H, Dv], last stride 1
   float* lse;          // [B, H, Sq], natural logarithm; null: not wanted (forward)
@@ -66,24 +65,6 @@ struct AttentionParams {
   int64_t groups() const { return nheads_k ? nheads / nheads_k : 1; }
   int64_t rows() const { return groups() * seqlen_q; }  // query rows of one KV head
 
-  // Of sequence b in the call.
-  int64_t seqlen_q_of(int64_t b) const {
-    const int32_t* cu = sequences.cu_seqlens_q;
-    return cu ? cu[b + 1] - cu[b] : seqlen_q;
-  }
-  int64_t first_key_of(int64_t b) const {
-    return sequences.first_keys ? sequences.first_keys[b] : 0;
-  }
-  int64_t seqlen_k_of(int64_t b) const {
-    const int32_t* cu = sequences.cu_seqlens_k;
-    if (cu) return cu[b + 1] - cu[b];
-    if (!sequences.seqlens_k) return seqlen_k;
-    const int64_t keys = sequences.seqlens_k[b] - first_key_of(b);
-    return keys < 0 ? 0 : keys;
-  }
-  // The call of sequence b alone: batch 1, its own lengths, every pointer at its first element.
-  AttentionParams sequence(int64_t b) const;
-
   // The keys [begin, end) that query i of a sequence may see by causality and window.
   int64_t visible_begin(int64_t i) const {
     if (window_left < 0) return 0;
@@ -99,9 +80,9 @@ struct AttentionParams {
 
 // Keys that are written into a cache before it is read, and the rotation of new keys and queries.
 struct CacheUpdate {
-  int64_t new_keys;  // 0: none
-  Strided k;         // [B, new_keys, Hk, D], in q's type
-  Strided v;         // [B, new_keys, Hk, Dv]
+  int64_t new_keys;        // 0: none
+  Strided k;               // [B, new_keys, Hk, D], in q's type
+  Strided v;               // [B, new_keys, Hk, Dv]
   const int32_t* seqlens;  // [B], keys in the cache before
   int64_t rotary_dim;      // the first values of a head, which are rotated; 0: none
   Strided cos, sin;        // [positions, rotary_dim / 2]
@@ -109,45 +90,6 @@ struct CacheUpdate {
   bool interleaved;        // pairs are neighbours, not halves
   bool in_steps;           // query i stands at seqlens + i, else all at seqlens
 };
-
-inline AttentionParams AttentionParams::sequence(int64_t b) const {
-  AttentionParams one = *this;
-  one.batch = 1;
-  one.seqlen_q = seqlen_q_of(b);
-  one.seqlen_k = seqlen_k_of(b);
-  one.first_plane = first_plane + b * nheads;
-
-  const int32_t *cu_q = sequences.cu_seqlens_q, *cu_k = sequences.cu_seqlens_k;
-  const int dim_q = cu_q ? 1 : 0, dim_k = cu_k ? 1 : 0;
-  const int64_t at_q = cu_q ? cu_q[b] : b;
-  for (Strided* x : {&one.q, &one.out, &one.dout, &one.dq}) x->advance(dim_q, at_q, type);
-  one.dq_sum.advance(dim_q, at_q, Type::kFloat32);
-  for (float** x : {&one.lse, &one.lse_rest, &one.dlse, &one.delta}) {
-    if (*x) *x += cu_q ? at_q : b * nheads * lse_stride;
-  }
-
-  if (sequences.pages) {
-    one.sequences.pages += b * sequences.pages_stride;
-  } else {
-    const int64_t row = sequences.cache_rows ? sequences.cache_rows[b] : b;
-    const int64_t at_k = cu_k ? cu_k[b] : row;
-    for (Strided* x : {&one.k, &one.v}) {
-      x->advance(dim_k, at_k, cache_type);
-      x->advance(1, first_key_of(b), cache_type);
-    }
-    for (Strided* x : {&one.dk, &one.dv}) x->advance(dim_k, at_k, type);
-    for (Strided* x : {&one.k_scale, &one.v_scale}) {
-      x->advance(0, row, Type::kFloat32);
-      x->advance(1, first_key_of(b), Type::kFloat32);
-    }
-  }
-
-  one.mask.advance(0, b, Type::kBool);
-  one.bias.advance(0, b, bias_type);
-  one.dbias.advance(0, b, Type::kFloat32);
-  one.alibi.advance(0, b, Type::kFloat32);
-  return one;
-}
 
 // out and lse from q, k, v, on at most so many threads.
 void attention_fwd_cpu(const AttentionParams& p, int threads);

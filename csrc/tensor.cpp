@@ -49,13 +49,20 @@ const ExchangeTable* find_exchange_table() {
 // code: 0 integer, 2 float, 4 bfloat, 6 bool.
 Type type_of(uint8_t code, uint8_t bits) {
   switch (code << 8 | bits) {
-    case 2 << 8 | 32: return Type::kFloat32;
-    case 4 << 8 | 16: return Type::kBFloat16;
-    case 2 << 8 | 16: return Type::kFloat16;
-    case 0 << 8 | 8: return Type::kInt8;
-    case 6 << 8 | 8: return Type::kBool;
-    case 0 << 8 | 32: return Type::kInt32;
-    case 0 << 8 | 64: return Type::kInt64;
+    case 2 << 8 | 32:
+      return Type::kFloat32;
+    case 4 << 8 | 16:
+      return Type::kBFloat16;
+    case 2 << 8 | 16:
+      return Type::kFloat16;
+    case 0 << 8 | 8:
+      return Type::kInt8;
+    case 6 << 8 | 8:
+      return Type::kBool;
+    case 0 << 8 | 32:
+      return Type::kInt32;
+    case 0 << 8 | 64:
+      return Type::kInt64;
   }
   return Type::kOther;
 }

@@ -6,6 +6,7 @@ import inspect
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -219,7 +220,11 @@ def test_objects_share_no_symbols() -> None:
     if (nm := shutil.which("nm")) is None:
         pytest.skip("there is no nm")
     tiers = [p.stem for p in ROOT.glob("csrc/cpu/isa_*.cpp")]
-    objects = [p for p in ROOT.glob("build/core-*/csrc/cpu/isa_*.o") if p.stem in tiers]
+    objects = [
+        p
+        for p in ROOT.glob(f"build/core-*-{sys.implementation.cache_tag}/csrc/cpu/isa_*.o")
+        if p.stem in tiers
+    ]
     if not objects:
         pytest.skip("the core was not built in this tree")
     offences = []

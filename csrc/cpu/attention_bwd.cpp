@@ -45,8 +45,8 @@ struct BiasSums {
 
   void add_to(const AttentionParams& p, int64_t hk, int64_t key_begin, int64_t n) const {
     for (int64_t h = 0; h < (head_stride ? p.groups() : 1); ++h) {
-      float* to = static_cast<float*>(p.dbias.data) +
-                  (hk * p.groups() + h) * p.dbias.stride[1] + key_begin;
+      float* to =
+          static_cast<float*>(p.dbias.data) + (hk * p.groups() + h) * p.dbias.stride[1] + key_begin;
       for (int64_t c = 0; c < n; ++c) to[c] += sums[h * head_stride + c];
     }
   }

@@ -86,21 +86,17 @@ void append_row(const AttentionParams& p, const Strided& cache, const Strided& s
   store_cached(x, n, to, to_scale);
 }
 
-// `p` is the call of all sequences; keys are counted from the start of the cache.
+// `p` is the call of sequence b, whose keys are counted from the start of the cache.
 template <class T, class TK>
 void attention_append(const AttentionParams& p, const CacheUpdate& update, int64_t b, int64_t i) {
-  AttentionParams whole = p;
-  whole.sequences.first_keys = nullptr;
-  const AttentionParams one = whole.sequence(b);
   const int64_t key = update.seqlens[b] + i;
-  const T* k = static_cast<const T*>(update.k.data) + b * update.k.stride[0] +
-               i * update.k.stride[1];
-  const T* v = static_cast<const T*>(update.v.data) + b * update.v.stride[0] +
-               i * update.v.stride[1];
+  const T* k =
+      static_cast<const T*>(update.k.data) + b * update.k.stride[0] + i * update.k.stride[1];
+  const T* v =
+      static_cast<const T*>(update.v.data) + b * update.v.stride[0] + i * update.v.stride[1];
   for (int64_t hk = 0; hk < p.nheads_k; ++hk) {
-    append_row<T, TK>(one, one.k, one.k_scale, hk, key, k + hk * update.k.stride[2], p.head_dim,
-                      &update);
-    append_row<T, TK>(one, one.v, one.v_scale, hk, key, v + hk * update.v.stride[2], p.head_dim_v,
+    append_row<T, TK>(p, p.k, p.k_scale, hk, key, k + hk * update.k.stride[2], p.head_dim, &update);
+    append_row<T, TK>(p, p.v, p.v_scale, hk, key, v + hk * update.v.stride[2], p.head_dim_v,
                       nullptr);
   }
 }

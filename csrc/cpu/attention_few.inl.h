@@ -219,18 +219,23 @@ using WeightedSumRun = void (*)(const float*, int64_t, const char* const*, int64
 
 template <class Math, int kRows>
 WeightedSumRun weighted_sum_of(int64_t vecs) {
-  constexpr WeightedSumRun sums[] = {WeightedSum<Math, kRows, 1>::run, WeightedSum<Math, kRows, 2>::run,
-                                     WeightedSum<Math, kRows, 3>::run, WeightedSum<Math, kRows, 4>::run};
+  constexpr WeightedSumRun sums[] = {
+      WeightedSum<Math, kRows, 1>::run, WeightedSum<Math, kRows, 2>::run,
+      WeightedSum<Math, kRows, 3>::run, WeightedSum<Math, kRows, 4>::run};
   return sums[vecs - 1];
 }
 
 template <class Math>
 WeightedSumRun weighted_sum_of(int64_t rows, int64_t vecs) {
   switch (rows) {
-    case 1: return weighted_sum_of<Math, 1>(vecs);
-    case 2: return weighted_sum_of<Math, 2>(vecs);
-    case 3: return weighted_sum_of<Math, 3>(vecs);
-    default: return weighted_sum_of<Math, 4>(vecs);
+    case 1:
+      return weighted_sum_of<Math, 1>(vecs);
+    case 2:
+      return weighted_sum_of<Math, 2>(vecs);
+    case 3:
+      return weighted_sum_of<Math, 3>(vecs);
+    default:
+      return weighted_sum_of<Math, 4>(vecs);
   }
 }
 
@@ -243,8 +248,8 @@ void add_weighted(int64_t m, const float* weights, int64_t n, const char* const*
     const int last = static_cast<int>(columns - (vecs - 1) * kWidth);
     for (int64_t row = 0; row < m; row += kRows) {
       weighted_sum_of<Math>(smaller(kRows, m - row), vecs)(
-          weights + row * kTileStride, n, values, ahead, c, last, state.out + row * state.stride + c,
-          state.stride);
+          weights + row * kTileStride, n, values, ahead, c, last,
+          state.out + row * state.stride + c, state.stride);
     }
   }
 }
@@ -253,15 +258,16 @@ void add_weighted(int64_t m, const float* weights, int64_t n, const char* const*
 template <class Math, class TK>
 void copy_row(const TK* from, int64_t n, float* to) {
   int64_t c = 0;
-  for (; c + kPanel <= n; c += kPanel) Math::store_row(to, c, load(from + c), load(from + c + kWidth));
+  for (; c + kPanel <= n; c += kPanel)
+    Math::store_row(to, c, load(from + c), load(from + c + kWidth));
   if (c == n) return;
   const int rest = static_cast<int>(n - c);
   const Vec low = rest < kWidth ? load(from + c, rest) : load(from + c);
   Math::store_row(to, c, low, rest > kWidth ? load(from + c + kWidth, rest - kWidth) : zero());
 }
 
-// A head's keys and values on their way into the products: as they lie in the cache where their type
-// and size allow it, else through a copy of a few rows that stays in L1.
+// A head's keys and values on their way into the products: as they lie in the cache where their
+// type and size allow it, else through a copy of a few rows that stays in L1.
 template <class Math>
 class FewKeys {
  public:
@@ -308,10 +314,17 @@ class FewKeys {
  private:
   const char* const* copy(const BlockRows& from, int64_t c, int64_t n, int64_t columns) {
     switch (p_.cache_type) {
-      case Type::kBFloat16: copy_as<BF16>(from, c, n, columns); break;
-      case Type::kFloat16: copy_as<F16>(from, c, n, columns); break;
-      case Type::kInt8: copy_as<int8_t>(from, c, n, columns); break;
-      default: copy_as<float>(from, c, n, columns);
+      case Type::kBFloat16:
+        copy_as<BF16>(from, c, n, columns);
+        break;
+      case Type::kFloat16:
+        copy_as<F16>(from, c, n, columns);
+        break;
+      case Type::kInt8:
+        copy_as<int8_t>(from, c, n, columns);
+        break;
+      default:
+        copy_as<float>(from, c, n, columns);
     }
     for (int64_t i = 0; i < kCopied + 1; ++i) {
       copied_[i] = reinterpret_cast<const char*>(copies_ + smaller(i, n - 1) * stride_);

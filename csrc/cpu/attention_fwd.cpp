@@ -43,7 +43,9 @@ bool takes_few(const AttentionParams& p, int64_t rows) { return rows <= kFewRows
 class Forward {
  public:
   Forward(const AttentionParams& p, int threads)
-      : p_(p), kernels_(cpu_kernels().attention[static_cast<int>(p.type)]), plan_(kernels_.plan(p)) {
+      : p_(p),
+        kernels_(cpu_kernels().attention[static_cast<int>(p.type)]),
+        plan_(kernels_.plan(p)) {
     std::vector<SequenceGroup> found = sequence_groups(p);
     threads_ = attention_threads(p, found, threads);
     // Longest first, so that none is left alone at the end.
@@ -60,8 +62,8 @@ class Forward {
 
   void run() {
     shared_tasks_ = shared_.empty() ? 0 : shared_.back().first_task + tasks_of(shared_.back());
-    const int64_t tasks = shared_tasks_ + (alone_.empty() ? 0 : alone_.back().first_task +
-                                                                    tasks_of(alone_.back()));
+    const int64_t tasks =
+        shared_tasks_ + (alone_.empty() ? 0 : alone_.back().first_task + tasks_of(alone_.back()));
     ring_ = shared_buffer.floats(slots_ * slot_ + partials_);
     packed_.reset(new Counter[2 * shared_heads_ + alone_heads_]());
     for_each<OneSequence>(threads_, tasks, [&](OneSequence& of, int64_t t) {
@@ -130,7 +132,8 @@ class Forward {
       task += tasks_of(g);
       alone_heads_ += g.heads;
       if (g.splits > 1) partials_ += g.heads * partial_head(g);
-      if (!g.few) alone_blocks_ = std::max(alone_blocks_, key_blocks(std::min(g.split_keys, g.seqlen_k)));
+      if (!g.few)
+        alone_blocks_ = std::max(alone_blocks_, key_blocks(std::min(g.split_keys, g.seqlen_k)));
       block_rows_ = std::max(block_rows_, g.block_rows);
     }
   }
@@ -221,11 +224,11 @@ class Forward {
   int threads_;
   std::vector<Group> shared_, alone_;  // by their rows: more than one task's, or not
   int64_t shared_heads_ = 0, alone_heads_ = 0, shared_tasks_ = 0;
-  int64_t slots_ = 0, slot_ = 0;    // the ring: how many, and floats in each
-  int64_t partials_ = 0;            // floats
-  int64_t alone_blocks_ = 0;        // most key blocks that a task packs for itself
-  int64_t block_rows_ = 0;          // most rows of a task
-  float* ring_ = nullptr;           // and the partial results behind it
+  int64_t slots_ = 0, slot_ = 0;       // the ring: how many, and floats in each
+  int64_t partials_ = 0;               // floats
+  int64_t alone_blocks_ = 0;           // most key blocks that a task packs for itself
+  int64_t block_rows_ = 0;             // most rows of a task
+  float* ring_ = nullptr;              // and the partial results behind it
   std::unique_ptr<Counter[]> packed_;  // shared heads: packed, then done; then done of the others
 };
 

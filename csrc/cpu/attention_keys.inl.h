@@ -33,7 +33,8 @@ inline void point_at_rows(const AttentionParams& p, const Strided& x, int64_t hk
                           int64_t n, const char** rows) {
   const char* data = static_cast<const char*>(x.data);
   const int64_t bytes = size_of(p.cache_type);
-  for_each_key(p, x, hk, key, n, [&](int64_t i, int64_t offset) { rows[i] = data + offset * bytes; });
+  for_each_key(p, x, hk, key, n,
+               [&](int64_t i, int64_t offset) { rows[i] = data + offset * bytes; });
 }
 
 template <class TK, class T>
@@ -53,10 +54,17 @@ void gather_rows(const AttentionParams& p, const char* const* rows, const Stride
     const float by = scales ? scales[key_offset(p, scale, hk, key + i)] : 1.0f;
     const void* row = rows[i];
     switch (p.cache_type) {
-      case Type::kBFloat16: convert_row(static_cast<const BF16*>(row), columns, by, to); break;
-      case Type::kFloat16: convert_row(static_cast<const F16*>(row), columns, by, to); break;
-      case Type::kInt8: convert_row(static_cast<const int8_t*>(row), columns, by, to); break;
-      default: convert_row(static_cast<const float*>(row), columns, by, to);
+      case Type::kBFloat16:
+        convert_row(static_cast<const BF16*>(row), columns, by, to);
+        break;
+      case Type::kFloat16:
+        convert_row(static_cast<const F16*>(row), columns, by, to);
+        break;
+      case Type::kInt8:
+        convert_row(static_cast<const int8_t*>(row), columns, by, to);
+        break;
+      default:
+        convert_row(static_cast<const float*>(row), columns, by, to);
     }
   }
 }

@@ -1,4 +1,5 @@
-// What the schedules of forward and backward share: the sequences of a call, grouped by shape.
+// What the schedules share: the sequences of a call, one by one and grouped by shape. For host code
+// alone: what a tier compiles of it, another tier might link.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +8,63 @@
 #include "../attention.h"
 
 namespace fastattn {
+
+inline int64_t seqlen_q_of(const AttentionParams& p, int64_t b) {
+  const int32_t* cu = p.sequences.cu_seqlens_q;
+  return cu ? cu[b + 1] - cu[b] : p.seqlen_q;
+}
+
+inline int64_t first_key_of(const AttentionParams& p, int64_t b) {
+  return p.sequences.first_keys ? p.sequences.first_keys[b] : 0;
+}
+
+inline int64_t seqlen_k_of(const AttentionParams& p, int64_t b) {
+  const int32_t* cu = p.sequences.cu_seqlens_k;
+  if (cu) return cu[b + 1] - cu[b];
+  if (!p.sequences.seqlens_k) return p.seqlen_k;
+  return std::max<int64_t>(p.sequences.seqlens_k[b] - first_key_of(p, b), 0);
+}
+
+// The call of sequence b alone: batch 1, its own lengths, every pointer at its first element.
+inline AttentionParams sequence_of(const AttentionParams& p, int64_t b) {
+  const Sequences& s = p.sequences;
+  AttentionParams one = p;
+  one.batch = 1;
+  one.seqlen_q = seqlen_q_of(p, b);
+  one.seqlen_k = seqlen_k_of(p, b);
+  one.first_plane = p.first_plane + b * p.nheads;
+
+  const int32_t *cu_q = s.cu_seqlens_q, *cu_k = s.cu_seqlens_k;
+  const int dim_q = cu_q ? 1 : 0, dim_k = cu_k ? 1 : 0;
+  const int64_t at_q = cu_q ? cu_q[b] : b;
+  for (Strided* x : {&one.q, &one.out, &one.dout, &one.dq}) x->advance(dim_q, at_q, p.type);
+  one.dq_sum.advance(dim_q, at_q, Type::kFloat32);
+  for (float** x : {&one.lse, &one.lse_rest, &one.dlse, &one.delta}) {
+    if (*x) *x += cu_q ? at_q : b * p.nheads * p.lse_stride;
+  }
+
+  if (s.pages) {
+    one.sequences.pages += b * s.pages_stride;
+  } else {
+    const int64_t row = s.cache_rows ? s.cache_rows[b] : b;
+    const int64_t at_k = cu_k ? cu_k[b] : row;
+    for (Strided* x : {&one.k, &one.v}) {
+      x->advance(dim_k, at_k, p.cache_type);
+      x->advance(1, first_key_of(p, b), p.cache_type);
+    }
+    for (Strided* x : {&one.dk, &one.dv}) x->advance(dim_k, at_k, p.type);
+    for (Strided* x : {&one.k_scale, &one.v_scale}) {
+      x->advance(0, row, Type::kFloat32);
+      x->advance(1, first_key_of(p, b), Type::kFloat32);
+    }
+  }
+
+  one.mask.advance(0, b, Type::kBool);
+  one.bias.advance(0, b, p.bias_type);
+  one.dbias.advance(0, b, Type::kFloat32);
+  one.alibi.advance(0, b, Type::kFloat32);
+  return one;
+}
 
 // Sequences of one shape: all of a dense batch, or one of a ragged one.
 struct SequenceGroup {
@@ -22,7 +80,7 @@ inline std::vector<SequenceGroup> sequence_groups(const AttentionParams& p) {
   std::vector<SequenceGroup> groups;
   groups.reserve(static_cast<size_t>(p.count()));
   for (int64_t b = 0; b < p.count(); ++b) {
-    groups.push_back({b, p.nheads_k, p.groups() * p.seqlen_q_of(b), p.seqlen_k_of(b)});
+    groups.push_back({b, p.nheads_k, p.groups() * seqlen_q_of(p, b), seqlen_k_of(p, b)});
   }
   return groups;
 }
@@ -40,7 +98,7 @@ class OneSequence {
  public:
   const AttentionParams& sequence(const AttentionParams& call, int64_t b) {
     if (b != b_) {
-      one_ = call.sequence(b);
+      one_ = sequence_of(call, b);
       b_ = b;
     }
     return one_;

@@ -52,7 +52,8 @@ struct AttentionKernels {
   void (*bwd_key_bias)(const AttentionParams&);
   // dq of one query's heads from dq_sum.
   void (*bwd_store_dq)(const AttentionParams&, int64_t b, int64_t i);
-  // Token i of sequence b: rotated and written to where the cache keeps it, by the cache's type.
+  // Token i of sequence b, whose call this is: rotated and written to where the cache keeps it, by
+  // the cache's type.
   void (*append[kCacheTypes])(const AttentionParams&, const CacheUpdate&, int64_t b, int64_t i);
   // Query i of sequence b, rotated, into row by row [B, Sq, H, D].
   void (*rotate_q)(const AttentionParams&, const CacheUpdate&, int64_t b, int64_t i, void* q);

@@ -27,7 +27,8 @@ AttentionPlan attention_plan(const AttentionParams& p) {
 }
 
 template <class F>
-constexpr void set_by_cache_type(F (&table)[kCacheTypes], F float32, F bfloat16, F float16, F int8) {
+constexpr void set_by_cache_type(F (&table)[kCacheTypes], F float32, F bfloat16, F float16,
+                                 F int8) {
   table[static_cast<int>(Type::kFloat32)] = float32;
   table[static_cast<int>(Type::kBFloat16)] = bfloat16;
   table[static_cast<int>(Type::kFloat16)] = float16;

@@ -121,8 +121,10 @@ inline void sum_groups(Vec* r) {
            _mm512_shuffle_ps(r[2 * i], r[2 * i + 1], 0xEE);
   }
   if constexpr (kGroups == 4) {
-    const Vec a = _mm512_shuffle_f32x4(r[0], r[1], 0x44), b = _mm512_shuffle_f32x4(r[2], r[3], 0x44);
-    const Vec c = _mm512_shuffle_f32x4(r[0], r[1], 0xEE), d = _mm512_shuffle_f32x4(r[2], r[3], 0xEE);
+    const Vec a = _mm512_shuffle_f32x4(r[0], r[1], 0x44),
+              b = _mm512_shuffle_f32x4(r[2], r[3], 0x44);
+    const Vec c = _mm512_shuffle_f32x4(r[0], r[1], 0xEE),
+              d = _mm512_shuffle_f32x4(r[2], r[3], 0xEE);
     r[0] = _mm512_shuffle_f32x4(a, b, 0x88);
     r[1] = _mm512_shuffle_f32x4(a, b, 0xDD);
     r[2] = _mm512_shuffle_f32x4(c, d, 0x88);
