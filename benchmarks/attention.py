@@ -1,21 +1,22 @@
-"""The cases of `python -m fastattn bench` for pytest-benchmark: `pytest benchmarks/attention.py`.
+"""Times attention with pytest-benchmark: `pytest benchmarks/attention.py -k sdpa`."""
 
-For those who want its statistics, storage and comparison over time. It times one peer after the
-other; the verb lets them take turns, which is fairer, and is where published ratios come from.
-"""
-
-from itertools import cycle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from fastattn.testing import cases
+from fastattn.testing.cases.attention import ATTENTION
+from fastattn.testing.cases.case import Case
+from fastattn.testing.cases.peers import OURS
 
 
-@pytest.mark.parametrize("peer", ["fastattn", "sdpa"])
-@pytest.mark.parametrize("case", cases.ATTENTION, ids=lambda case: f"{case.name} {case.dtype}")
-def test_attention(benchmark: Any, case: cases.Case, peer: str) -> None:
-    copies = cases.make_copies(case)
-    benchmark.extra_info["errors"] = cases.check(case, copies[0], ["fastattn", "sdpa"])
-    turn = cycle([cases.bind(peer, case, x) for x in copies])
-    benchmark(lambda: next(turn)())
+@pytest.mark.parametrize(
+    ("case", "peer"),
+    [
+        pytest.param(case, peer, id=f"{case.name} {case.dtype}, {peer}")
+        for case in ATTENTION
+        for peer in (OURS, *case.peers)
+    ],
+)
+def test_attention(time_peer: Callable[[Case[Any], str], None], case: Case[Any], peer: str) -> None:
+    time_peer(case, peer)

@@ -1,8 +1,9 @@
-"""The command line: `python -m fastattn VERB`. Each verb lives in the file of its name."""
+"""The command line: `fastattn VERB` or `python -m fastattn VERB`. Each verb lives in the file of its name."""
 
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 
 import fastattn
@@ -12,11 +13,12 @@ from fastattn import info
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastattn",
+        prog="fastattn" if Path(sys.argv[0]).name == "fastattn" else "python -m fastattn",
         description="Fused attention kernels: look at them, time them, see them at work.",
         epilog="examples:\n"
         "  python -m fastattn info            # what this machine has and what is missing\n"
         "  python -m fastattn bench --quick   # speed and error against PyTorch, in a minute\n"
+        "  python -m fastattn check           # every kernel of this machine against the error rule\n"
         "  python -m fastattn demo            # a language model, before and after\n\n"
         "`python -m fastattn VERB --help` tells the rest.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -38,13 +40,13 @@ def _verbs() -> Iterator[ModuleType]:
     """All that can run here: `info` needs nothing but torch, so that it can say what is missing."""
     yield info
     try:
-        from fastattn import bench, demo
+        from fastattn import bench, check, compare, demo
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "rich":
             raise
-        print("the verbs bench and demo need the package rich: pip install rich", file=sys.stderr)
+        print("all verbs but info need the package rich: pip install rich", file=sys.stderr)
         return
-    yield from (bench, demo)
+    yield from (bench, compare, check, demo)
 
 
 if __name__ == "__main__":

