@@ -80,10 +80,9 @@ def race(
         return (time.perf_counter() - start) / calls
 
     def calls_a_sample(name: str) -> int:
-        seconds = seen.get(name, 0.0)
-        for _ in range(2):
-            if seconds <= budget:
-                seconds = sample(name, 1)
+        seconds = seen[name] if name in seen else sample(name, 1)
+        if seconds <= budget:
+            seconds = sample(name, 1)
         return max(1, math.ceil(_SHORTEST_SAMPLE / max(seconds, 1e-9)))
 
     samples: dict[str, list[float]] = {name: [] for name in names}
