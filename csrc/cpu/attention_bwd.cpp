@@ -114,13 +114,13 @@ void attention_bwd_cpu(const AttentionParams& call, int threads) {
   const AttentionKernels& kernels = cpu_kernels().attention[static_cast<int>(p.type)];
   const AttentionPlan plan = kernels.plan(p);
   const KeyTasks tasks(sequence_groups(p), plan.bwd_key_block);
-  threads = attention_threads(p, tasks.groups, threads);
+  if (attention_work(p, tasks.groups) < kSerialWork) threads = 1;
 
   for_each(threads, p.batch * p.nheads,
            [&](int64_t t) { kernels.bwd_delta(p, t / p.nheads, t % p.nheads); });
 
   std::unique_ptr<Counter[]> progress(new Counter[tasks.count()]());
-  for_each<OneSequence>(threads, tasks.count(), [&](OneSequence& of, int64_t t) {
+  for_each<OneSequence>(threads, tasks.count(), 1, [&](OneSequence& of, int64_t t) {
     const int64_t block = tasks.block_of(t), number = t - tasks.first[block];
     const SequenceGroup& g = group_of(tasks.groups, number);
     const int64_t head = number - g.first_task, before = head_before_in_bias(p, head);

@@ -24,7 +24,7 @@ void attention_decode_cpu(const AttentionParams& call, const CacheUpdate& update
     const int64_t values = tokens * p.nheads_k * (p.head_dim + p.head_dim_v);
     AttentionParams whole = p;  // as it lies in the cache, from its first key on
     whole.sequences.first_keys = nullptr;
-    for_each<OneSequence>(values < kSerialValues ? 1 : threads, tokens,
+    for_each<OneSequence>(values < kSerialValues ? 1 : threads, tokens, 1,
                           [&](OneSequence& of, int64_t t) {
                             const int64_t b = t / update.new_keys;
                             append(of.sequence(whole, b), update, b, t % update.new_keys);

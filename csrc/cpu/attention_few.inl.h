@@ -82,10 +82,11 @@ template <class Math, int kRows>
 void dot_products(const float* q, int64_t steps, const char* const* keys, int64_t ahead, float* s) {
   constexpr int kLanes = kWidth / kRows;
   constexpr int kLineSteps = kLanes >= 16 ? 1 : 16 / kLanes;
-  // As many keys at a time as there are registers for their addresses.
-  constexpr int kKeys = smaller(kWidth, 8);
+  // Two keys at a time share what is loaded of q; more would be faster on keys in the cache, but
+  // memory comes fastest row by row.
+  constexpr int kKeys = kRows == 1 ? 1 : 2;
   Vec sums[kWidth];
-#pragma GCC unroll 2
+#pragma GCC unroll 16
   for (int first = 0; first < kWidth; first += kKeys) {
     const float* rows[kKeys];
 #pragma GCC unroll 8

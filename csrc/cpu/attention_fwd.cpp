@@ -24,6 +24,9 @@ constexpr int64_t kSplitStep = 256;
 constexpr int64_t kPackBlocks = 4;  // key blocks of a packing task
 constexpr int64_t kPackedBytes = int64_t{48} << 20;
 
+// Nanoseconds of work that a thread fetches at least.
+constexpr double kGrainWork = 2000.0;
+
 thread_local Buffer shared_buffer;  // the caller's, seen by all workers of a call
 
 // Sequences of one shape and how each of their KV heads is cut: all of a dense batch, or one.
@@ -47,7 +50,8 @@ class Forward {
         kernels_(cpu_kernels().attention[static_cast<int>(p.type)]),
         plan_(kernels_.plan(p)) {
     std::vector<SequenceGroup> found = sequence_groups(p);
-    threads_ = attention_threads(p, found, threads);
+    work_ = attention_work(p, found);
+    threads_ = work_ < kSerialWork ? 1 : threads;
     // Longest first, so that none is left alone at the end.
     std::stable_sort(found.begin(), found.end(), [](const auto& a, const auto& b) {
       return a.rows * a.seqlen_k > b.rows * b.seqlen_k;
@@ -66,7 +70,7 @@ class Forward {
         shared_tasks_ + (alone_.empty() ? 0 : alone_.back().first_task + tasks_of(alone_.back()));
     ring_ = shared_buffer.floats(slots_ * slot_ + partials_);
     packed_.reset(new Counter[2 * shared_heads_ + alone_heads_]());
-    for_each<OneSequence>(threads_, tasks, [&](OneSequence& of, int64_t t) {
+    for_each<OneSequence>(threads_, tasks, grain(tasks), [&](OneSequence& of, int64_t t) {
       if (t < shared_tasks_) {
         run_shared(of, t);
       } else {
@@ -110,6 +114,14 @@ class Forward {
       g.packs = (key_blocks(g.seqlen_k) + kPackBlocks - 1) / kPackBlocks;
     }
     return g;
+  }
+
+  // Tasks handed out together, so that fetching them costs little beside them. Tasks that others
+  // wait for are handed out one by one.
+  int64_t grain(int64_t tasks) const {
+    if (shared_tasks_ > 0 || tasks == 0) return 1;
+    const int64_t wanted = static_cast<int64_t>(kGrainWork * double(tasks) / work_);
+    return std::max<int64_t>(1, std::min(wanted, tasks / (4 * threads_)));
   }
 
   void number_tasks() {
@@ -221,6 +233,7 @@ class Forward {
   const AttentionParams& p_;
   const AttentionKernels& kernels_;
   const AttentionPlan plan_;
+  double work_;  // nanoseconds on one core
   int threads_;
   std::vector<Group> shared_, alone_;  // by their rows: more than one task's, or not
   int64_t shared_heads_ = 0, alone_heads_ = 0, shared_tasks_ = 0;

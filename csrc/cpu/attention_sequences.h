@@ -109,19 +109,19 @@ class OneSequence {
   int64_t b_ = -1;
 };
 
-// How many of the threads a call of this size can use.
-inline int attention_threads(const AttentionParams& p, const std::vector<SequenceGroup>& groups,
-                             int threads) {
-  // Nanoseconds of work under which waking other threads costs more than it brings.
-  constexpr double kSerialWork = 4000.0;
-  // As measured on one core of a Zen 5: a head, a row, and 80 multiply-adds a nanosecond.
+// Nanoseconds of work under which waking other threads costs more than it brings.
+constexpr double kSerialWork = 4000.0;
+
+// Nanoseconds that forward takes on one core, roughly, as measured on a Zen 5: a head, a row, and
+// 80 multiply-adds a nanosecond.
+inline double attention_work(const AttentionParams& p, const std::vector<SequenceGroup>& groups) {
   double work = 0.0;
   for (const SequenceGroup& g : groups) {
     const double rows = double(g.heads) * g.rows;
     const double multiplies = rows * g.seqlen_k * double(p.head_dim + p.head_dim_v);
     work += g.heads * p.groups() * 100.0 + rows * 20.0 + multiplies / 80.0;
   }
-  return work < kSerialWork ? 1 : threads;
+  return work;
 }
 
 }  // namespace fastattn

@@ -45,13 +45,15 @@ void for_each(int threads, int64_t n, const F& f) {
   });
 }
 
-// The same, with an object of each worker's own.
+// The same, `grain` of them at a time, with an object of each worker's own.
 template <class Own, class F>
-void for_each(int threads, int64_t n, const F& f) {
+void for_each(int threads, int64_t n, int64_t grain, const F& f) {
   Counter next{0};
   parallel(threads, [&](int) {
     Own own;
-    for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(own, t);
+    for (int64_t t; (t = next.fetch_add(grain, std::memory_order_relaxed)) < n;) {
+      for (const int64_t end = t + grain < n ? t + grain : n; t < end; ++t) f(own, t);
+    }
   });
 }
 
