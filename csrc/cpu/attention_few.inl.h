@@ -37,16 +37,16 @@ struct RowOf<PairMath> {
 
 // Rows of one block of keys, found before they are read, and of the next, which are only asked for.
 struct BlockRows {
-  static constexpr int64_t kSpare = kMaxAhead + kValueKeys;
-  const char* rows[kMaxKeyBlock + kSpare];
+  const char* rows[kMaxKeyBlock + 2 * kMaxAhead + kWidth];
   int64_t bytes, ahead;
 
   void find(const AttentionParams& p, const Strided& x, int64_t hk, int64_t key, int64_t columns) {
+    const int64_t left = p.seqlen_k - key;
     bytes = columns * size_of(p.cache_type);
-    ahead = larger(smaller(kAheadBytes / bytes, kMaxAhead), 1);
-    const int64_t known = smaller(kMaxKeyBlock + ahead, p.seqlen_k - key);
+    ahead = left > kWidth ? larger(smaller(kAheadBytes / bytes, kMaxAhead), 1) : 0;
+    const int64_t known = smaller(kMaxKeyBlock + ahead, left);
     point_at_rows(p, x, hk, key, known, rows);
-    for (int64_t i = 0; i < kSpare - ahead; ++i) rows[known + i] = rows[known - 1];
+    for (int64_t i = 0; i < kWidth + ahead; ++i) rows[known + i] = rows[known - 1];
   }
 };
 
@@ -425,7 +425,12 @@ void attention_fwd_few(const AttentionParams& p, const AttentionTask& task, floa
     const float *k_scales = keys.key_scales(columns), *v_scales = keys.value_scales(columns);
     if (k_scales) scale_columns(columns, k_scales, m, s);
     const float factor = finish_scores<T>(rows, task.row_begin, m, key, columns, s, nullptr);
-    softmax_tile<Math>(rows, task.row_begin, 0, m, key, columns, factor, s, state, v_scales);
+    if (v_scales) {
+      softmax_tile<Math, true>(rows, task.row_begin, 0, m, key, columns, factor, s, state,
+                               v_scales);
+    } else {
+      softmax_tile<Math>(rows, task.row_begin, 0, m, key, columns, factor, s, state);
+    }
     // A few keys at a time, whose values then stay in L1 while all rows and columns pass by.
     for (int64_t c = columns.begin; c < columns.seen; c += kValueKeys) {
       const int64_t n = smaller(kValueKeys, columns.seen - c);

@@ -88,12 +88,8 @@ class Forward {
     g.splits = 1;
     g.split_keys = g.seqlen_k;
     if (g.rows <= kTaskRows) {
-      if (p_.num_splits > 0) {
-        const int64_t even = (g.seqlen_k + p_.num_splits - 1) / p_.num_splits;
-        g.split_keys = (even + kSplitStep - 1) / kSplitStep * kSplitStep;
-      } else {
-        g.split_keys = kSplitKeys;
-      }
+      const int64_t even = (g.seqlen_k + p_.num_splits - 1) / std::max<int64_t>(p_.num_splits, 1);
+      g.split_keys = p_.num_splits ? (even + kSplitStep - 1) / kSplitStep * kSplitStep : kSplitKeys;
       g.split_keys = std::max<int64_t>(g.split_keys, 1);
       g.splits = std::max<int64_t>(1, (g.seqlen_k + g.split_keys - 1) / g.split_keys);
     }
@@ -110,14 +106,11 @@ class Forward {
     if (g.block_rows > 2 * plan_.tile_rows) {
       g.block_rows = (g.block_rows + plan_.tile_rows - 1) / plan_.tile_rows * plan_.tile_rows;
     }
-    if (g.rows > kTaskRows) {
-      g.packs = (key_blocks(g.seqlen_k) + kPackBlocks - 1) / kPackBlocks;
-    }
+    if (g.rows > kTaskRows) g.packs = (key_blocks(g.seqlen_k) + kPackBlocks - 1) / kPackBlocks;
     return g;
   }
 
-  // Tasks handed out together, so that fetching them costs little beside them. Tasks that others
-  // wait for are handed out one by one.
+  // Tasks fetched together, so that it costs little; one by one where others wait for them.
   int64_t grain(int64_t tasks) const {
     if (shared_tasks_ > 0 || tasks == 0) return 1;
     const int64_t wanted = static_cast<int64_t>(kGrainWork * double(tasks) / work_);
@@ -167,8 +160,7 @@ class Forward {
 
   int64_t scratch() const { return plan_.scratch_fixed + block_rows_ * plan_.scratch_row; }
 
-  // Each task packs the keys that it needs itself, or reads them as they are; one or few row
-  // blocks.
+  // Each task packs the keys that it needs itself, or reads them as they are.
   void run_alone(OneSequence& of, int64_t t) {
     const Group& g = group_of(alone_, t);
     float* local = scratch_buffer().floats(scratch() + alone_blocks_ * plan_.packed_block);

@@ -66,9 +66,9 @@ inline float raise_maximum(const float* s, Columns columns, float factor, int64_
   return m == -kInfinity ? 0.0f : m;
 }
 
-// Scores become weights 2^(score - m), in Math's elements; their sums go into l. `scales`, where
-// given, multiply the weights of columns afterwards: values that are yet to be scaled.
-template <class Math>
+// Scores become weights 2^(score - m), in Math's elements; their sums go into l. `scales` multiply
+// the weights of columns afterwards, where values are yet to be scaled.
+template <class Math, bool kScaled = false>
 void softmax_tile(const HeadRows& rows, int64_t row_begin, int64_t first, int64_t m, int64_t key,
                   Columns columns, float factor, float* s, const RowState& state,
                   const float* scales = nullptr) {
@@ -84,7 +84,7 @@ void softmax_tile(const HeadRows& rows, int64_t row_begin, int64_t first, int64_
       sum1 = sum1 + b;
       if (drop) {
         FloatMath::store_row(s, c, a, b);
-      } else if (scales) {
+      } else if constexpr (kScaled) {
         Math::store_row(s, c, a * load(scales + c), b * load(scales + c + kWidth));
       } else {
         Math::store_row(s, c, a, b);

@@ -26,7 +26,7 @@ def attention_fwd(
     """out [B, Sq, H, Dv] in q's type and, where they are needed, lse and lse_rest [B, H, Sq]."""
     q = call[0]
     batch, seqlen_q, nheads, _ = q.shape
-    out = torch.empty(batch, seqlen_q, nheads, call[2].shape[3], dtype=q.dtype)
+    out = q.new_empty(batch, seqlen_q, nheads, call[2].shape[3])
     lse = torch.empty(batch, nheads, seqlen_q, dtype=torch.float32) if need_lse else None
     lse_rest = torch.empty_like(lse) if lse is not None and for_backward else None
     core.attention_fwd(call, out, lse, lse_rest, torch.get_num_threads())

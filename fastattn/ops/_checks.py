@@ -44,10 +44,10 @@ def check_seed(seed: int | Tensor | None) -> Tensor:
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
     """Returns (B, H, Sq, Sk). Good input passes one condition; the rest finds out what is wrong."""
     is_tensor = isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
-    if is_tensor and q.ndim == k.ndim == v.ndim == 4:
-        batch, seqlen_q, nheads, head_dim = q.shape
-        batch_k, seqlen_k, nheads_k, head_dim_k = k.shape
-        batch_v, seqlen_v, nheads_v, head_dim_v = v.shape
+    if is_tensor and len(sizes := q.shape) == len(sizes_k := k.shape) == len(sizes_v := v.shape) == 4:
+        batch, seqlen_q, nheads, head_dim = sizes
+        batch_k, seqlen_k, nheads_k, head_dim_k = sizes_k
+        batch_v, seqlen_v, nheads_v, head_dim_v = sizes_v
         if (
             batch == batch_k == batch_v
             and seqlen_k == seqlen_v
@@ -55,8 +55,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
             and (nheads == nheads_k or (nheads_k and nheads % nheads_k == 0))
             and head_dim == head_dim_k > 0
             and head_dim_v > 0
-            and q.dtype is k.dtype is v.dtype
-            and q.dtype in TYPES
+            and (dtype := q.dtype) is k.dtype is v.dtype
+            and dtype in TYPES
             and q.device == k.device == v.device
             and (q.stride()[3] == 1 or head_dim == 1)
             and (k.stride()[3] == 1 or head_dim == 1)
