@@ -110,7 +110,7 @@ class OneSequence {
 };
 
 // Nanoseconds of work under which waking other threads costs more than it brings.
-constexpr double kSerialWork = 8000.0;
+constexpr double kSerialWork = 5500.0;
 
 // Nanoseconds that forward takes on one core, roughly, as measured on a Zen 5: a head, a row, and
 // 80 multiply-adds a nanosecond.
