@@ -29,7 +29,7 @@ help:
 	@echo 'make lint    ruff, mypy, clang-format'
 	@echo 'make format  writes the format that lint asks for'
 	@echo 'make bench   the benchmarks (ARGS="--quick")'
-	@echo 'make sanitize  the core under AddressSanitizer, UBSan and ThreadSanitizer (gcc)'
+	@echo 'make sanitize  the core and its tests under AddressSanitizer, UBSan and ThreadSanitizer'
 	@echo 'make clean   removes all that was built and installed here'
 	@echo 'TORCH="torch==2.6.0" with any of these takes another torch.'
 
@@ -61,16 +61,17 @@ bench: $(VENV)/dev.stamp
 ASAN := -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=undefined
 TSAN := -O1 -g -fno-omit-frame-pointer -fno-openmp
 RUNTIME = $(foreach name,$(1),$(shell $${CXX:-g++} -print-file-name=lib$(name).so))
-SANITIZED = PYTHONPATH=build/$(1) $(BIN)/pytest -q -p no:cacheprovider -m sanitize
+SANITIZED = PYTHONPATH=build/$(1) $(BIN)/pytest -q -p no:cacheprovider -m 'not slow' $(2)
 
 sanitize: $(VENV)/dev.stamp
 	CXXFLAGS='$(ASAN) -fsanitize=address,undefined' LDFLAGS=-fsanitize=address,undefined \
 		$(BIN)/python setup.py -q build --build-lib build/asan
 	CXXFLAGS='$(TSAN) -fsanitize=thread' LDFLAGS=-fsanitize=thread \
 		$(BIN)/python setup.py -q build --build-lib build/tsan
-	LD_PRELOAD='$(call RUNTIME,asan ubsan)' ASAN_OPTIONS=detect_leaks=0 $(call SANITIZED,asan)
-	LD_PRELOAD='$(call RUNTIME,tsan)' TSAN_OPTIONS=ignore_noninstrumented_modules=1,halt_on_error=1 \
-		$(call SANITIZED,tsan)
+	LD_PRELOAD='$(call RUNTIME,asan ubsan)' ASAN_OPTIONS=detect_leaks=0 $(call SANITIZED,asan,tests/test_attention_properties.py \
+		tests/test_attention_memory.py tests/test_attention_varlen.py tests/test_attention_decode_memory.py)
+	LD_PRELOAD='$(call RUNTIME,tsan)' TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
+		$(call SANITIZED,tsan,tests/test_attention_determinism.py)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastattn/_C*.so

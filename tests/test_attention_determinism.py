@@ -44,6 +44,21 @@ def test_threads(kernel_backend, set_threads, dtype, option):
             assert_same(run, runs[0])
 
 
+@pytest.mark.parametrize("heads", [1, 6])
+def test_a_shared_bias_whose_rows_end_within_a_group(kernel_backend, set_threads, heads):
+    """3 heads to a KV head, blocks of 112 rows: two blocks add to the bias of one query."""
+    q, k, v = qkv(3, 6, 2, 65, 130, 32)
+    bias = torch.randn(1, heads, 65, 130, generator=torch.Generator().manual_seed(0))
+    given = {"q": q, "k": k, "v": v, "bias": bias}
+    if reason := refusal(kernel_backend, **given):
+        pytest.skip(reason)
+    set_threads(1)
+    expected = results(**given, backend=kernel_backend)
+    set_threads(3)
+    for _ in range(20):
+        assert_same(results(**given, backend=kernel_backend), expected)
+
+
 # Dropout is left out: its counter holds the place in the batch.
 @pytest.mark.parametrize("option", [x for x in OPTION_SETS if x not in ("dropout", "everything")])
 @pytest.mark.parametrize("shape", SHAPES)

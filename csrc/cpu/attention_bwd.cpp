@@ -61,13 +61,17 @@ void bwd_keys(const AttentionParams& p, const AttentionKernels& kernels, const A
   const bool aside = p.dbias.data && p.dbias.stride[2] == 0;
   const AttentionParams mine = aside ? bias.redirect(p, hk, key_begin) : p;
 
+  // Where a block of rows ends within a query's heads, the next block adds to that query's bias
+  // too.
+  const int64_t bias_blocks = plan.bwd_row_block % p.groups() ? 2 : 1;
+
   kernels.bwd_begin(p, hk, key_begin, scratch);
   for (int64_t row = 0, block = 0; row < p.rows(); row += plan.bwd_row_block, ++block) {
     const int64_t row_end = std::min(row + plan.bwd_row_block, p.rows());
     if (p.visible_end((row_end - 1) / p.groups()) <= key_begin) continue;
     if (p.visible_begin(row / p.groups()) >= key_end) break;
     if (dq_before) wait_for(*dq_before, block + 1);
-    if (bias_before && !aside) wait_for(*bias_before, block + 1);
+    if (bias_before && !aside) wait_for(*bias_before, block + bias_blocks);
     kernels.bwd_rows(mine, hk, key_begin, row, row_end, scratch);
     progress->store(block + 1, std::memory_order_release);
   }
