@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fastattn import bench
+from fastattn import bench, dispatch
 from fastattn.__main__ import main
 from fastattn.bench import html, measuring, plots, report, suites, table
 from fastattn.bench.report import Report, Row
@@ -129,6 +129,7 @@ def test_what_no_backend_takes_is_a_failure_with_its_reason(
 ) -> None:
     monkeypatch.setattr("fastattn.dispatch.DEFAULT", "auto")
     monkeypatch.setattr("fastattn.dispatch.ORDER", {"cpu": ()})
+    monkeypatch.setattr("fastattn.dispatch._asked", dispatch._asked.__wrapped__)  # it remembers
     assert main(["bench", "--suite", "attention"]) == 1
     shown = capsys.readouterr().out
     assert shown.count("no backend takes this call") == len(ATTENTION)
