@@ -63,7 +63,7 @@ void bwd_keys(const AttentionParams& p, const AttentionKernels& kernels, const A
 
   // Where a block of rows ends within a query's heads, the next block adds to that query's bias
   // too.
-  const int64_t bias_blocks = plan.bwd_row_block % p.groups() ? 2 : 1;
+  const int64_t bias_blocks = p.groups() && plan.bwd_row_block % p.groups() ? 2 : 1;
 
   kernels.bwd_begin(p, hk, key_begin, scratch);
   for (int64_t row = 0, block = 0; row < p.rows(); row += plan.bwd_row_block, ++block) {
