@@ -15,7 +15,7 @@ namespace fastattn::FASTATTN_ISA {
 // How far ahead memory is asked for, so that the two streams K and V never start cold after each
 // other's block: so many bytes, but at most so many keys.
 constexpr int64_t kAheadBytes = 8192;
-constexpr int64_t kMaxAhead = 64;
+constexpr int64_t kMaxAhead = 32;
 // Values that are summed before the rows' outputs are put away.
 constexpr int64_t kValueKeys = 32;
 // Rows that share one pass over the keys.
