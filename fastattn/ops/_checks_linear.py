@@ -12,7 +12,7 @@ from fastattn.ops._checks import TYPES, autocast, check_seed, check_tensor
 OUTPUT_PLANE = 0
 HIDDEN_PLANE = 1
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def autocast_all(*tensors: Tensor | None) -> Any:
@@ -20,13 +20,13 @@ def autocast_all(*tensors: Tensor | None) -> Any:
     return tuple(x if x is None else autocast(x) for x in tensors)
 
 
-def needs_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+def needs_gradient(call: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in call)
 
 
-def has_subclass(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether one of them may keep its numbers elsewhere than a plain tensor."""
-    return any(type(x) not in _PLAIN for x in tensors)
+def has_subclass(call: tuple[Any, ...]) -> bool:
+    """Whether one of its tensors may keep its numbers elsewhere than a plain one."""
+    return any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in call)
 
 
 def check_x(x: Tensor) -> Tensor:

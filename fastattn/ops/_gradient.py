@@ -10,7 +10,7 @@ def differentiable(function: type[torch.autograd.Function], call: tuple[Any, ...
     """Runs an op under its autograd.Function."""
     if torch.compiler.is_compiling():
         call = _distinct(call)
-    return function.apply(*call, backend)  # type: ignore[no-untyped-call]
+    return function.apply(*call, backend)
 
 
 def _distinct(call: tuple[Any, ...]) -> tuple[Any, ...]:

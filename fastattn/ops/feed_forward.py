@@ -43,7 +43,6 @@ class Call(NamedTuple):
 
 
 _INPUTS = 5  # the tensors of a Call that have a gradient by the op
-_TENSORS = 7
 
 
 def feed_forward(
@@ -105,9 +104,9 @@ def feed_forward(
     )  # fmt: skip
     if backend == dispatch.REFERENCE:
         out = feed_forward_reference(call)
-    elif needs_gradient(call[:_TENSORS]) or dispatch.in_forward_mode():
+    elif needs_gradient(call) or dispatch.in_forward_mode():
         out, _ = differentiable(_FeedForward, (*call, not save_memory), backend)
-    elif dispatch.must_trace() or has_subclass(call[:_TENSORS]):
+    elif dispatch.must_trace() or has_subclass(call):
         out, _ = _OP_FWD(*call, False, backend)
     else:
         module = dispatch.choose("feed_forward", backend, call.x.device, call)

@@ -45,7 +45,6 @@ class Call(NamedTuple):
 
 
 _INPUTS = 7  # the tensors of a Call that have a gradient by the op
-_TENSORS = 9
 
 
 def gated_feed_forward(
@@ -114,9 +113,9 @@ def gated_feed_forward(
     )  # fmt: skip
     if backend == dispatch.REFERENCE:
         out = gated_feed_forward_reference(call)
-    elif needs_gradient(call[:_TENSORS]) or dispatch.in_forward_mode():
+    elif needs_gradient(call) or dispatch.in_forward_mode():
         out, _ = differentiable(_GatedFeedForward, (*call, not save_memory), backend)
-    elif dispatch.must_trace() or has_subclass(call[:_TENSORS]):
+    elif dispatch.must_trace() or has_subclass(call):
         out, _ = _OP_FWD(*call, False, backend)
     else:
         module = dispatch.choose("gated_feed_forward", backend, call.x.device, call)

@@ -39,7 +39,6 @@ class Call(NamedTuple):
 
 
 _INPUTS = 3  # the tensors of a Call that have a gradient by the op: x, weight, bias
-_TENSORS = 5
 
 
 def linear(
@@ -91,9 +90,9 @@ def linear(
     call = check(x, weight, bias, activation, residual, dropout_p, seed)
     if backend == dispatch.REFERENCE:
         out = linear_reference(call)
-    elif needs_gradient(call[:_TENSORS]) or dispatch.in_forward_mode():
+    elif needs_gradient(call) or dispatch.in_forward_mode():
         out, _ = differentiable(_Linear, (*call, True), backend)
-    elif dispatch.must_trace() or has_subclass(call[:_TENSORS]):
+    elif dispatch.must_trace() or has_subclass(call):
         out, _ = _OP_FWD(*call, False, backend)
     else:
         module = dispatch.choose("linear", backend, call.x.device, call)

@@ -98,9 +98,9 @@ def linear_cross_entropy(
     )
     if backend == dispatch.REFERENCE:
         loss, _ = linear_cross_entropy_reference(call)
-    elif needs_gradient((call.x, call.weight, call.bias)) or dispatch.in_forward_mode():
+    elif needs_gradient(call) or dispatch.in_forward_mode():
         loss, _ = differentiable(_LinearCrossEntropy, call, backend)
-    elif dispatch.must_trace() or has_subclass(call[:_TENSORS]):
+    elif dispatch.must_trace() or has_subclass(call):
         loss, _ = _OP_FWD(*call, backend)
     else:
         module = dispatch.choose("linear_cross_entropy", backend, call.x.device, call)
