@@ -199,7 +199,7 @@ _GATED_SETS: dict[str, Options] = {
 
 def _ignored(draw: Draw, given: Inputs) -> Inputs:
     target = given["target"].clone()
-    target[::3] = -100
+    target[1::3] = -100
     return {"target": target}
 
 
