@@ -29,6 +29,12 @@ X = {
     "x_integers": ({"x": z(6, 4, dtype=torch.int32)}, TypeError, "x must be float32.*got torch.int32"),
     "x_complex": ({"x": z(6, 4, dtype=torch.cfloat)}, TypeError, "x must be float32.*got torch.complex64"),
     "x_is_a_list": ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
+    "x_sparse": ({"x": z(6, 4).to_sparse()}, TypeError, "x must be a dense tensor, got torch.sparse_coo"),
+    "x_nested": (
+        {"x": torch.nested.nested_tensor([z(6, 4)], layout=torch.jagged)},
+        TypeError,
+        "dense.*got a nested one",
+    ),
     "x_is_none": ({"x": None}, TypeError, "x must be a tensor, got NoneType"),
 }
 OPTIONS = {

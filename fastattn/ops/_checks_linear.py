@@ -32,6 +32,8 @@ def has_subclass(call: tuple[Any, ...]) -> bool:
 def check_x(x: Tensor) -> Tensor:
     """x [..., K] as its rows [M, K]."""
     check_tensor("x", x)
+    if x.is_nested or x.layout is not torch.strided:
+        raise TypeError(f"x must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
     if x.dtype not in TYPES:
         raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.ndim < 1 or x.shape[-1] < 1:
