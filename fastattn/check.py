@@ -27,6 +27,9 @@ from fastattn.testing.check import (
     packed_option_set,
 )
 from fastattn.testing.check_decode import DECODE_OPTION_SETS, check_decode, decode_inputs, decode_option_set
+from fastattn.testing.check_linear import OPS as LINEAR_OPS
+from fastattn.testing.check_linear import OPTION_SETS as LINEAR_OPTION_SETS
+from fastattn.testing.check_linear import check_linear, inputs, with_options
 from fastattn.testing.inputs import packed_qkv, qkv
 
 Probe = Callable[..., None]  # takes `backend`; raises NotImplementedError where that refuses
@@ -58,6 +61,16 @@ _CACHES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "int8": (([300, 5, 77], 4, 2, 2, 64), {"cache_dtype": torch.int8, "new": 2}),
     "int8 pages": (([300, 5], 4, 2, 1, 64), {"cache_dtype": torch.int8, "page_size": 16}),
     "chosen rows": (([90, 33], 3, 3, 1, 80), {"select": True}),
+}
+# Rows, features, (hidden features,) features of the output or classes.
+_PRODUCTS = {
+    "one": (1, 1, 1, 1),
+    "one row": (1, 260, 517, 129),
+    "few rows": (7, 96, 700, 100),
+    "blocks": (130, 64, 256, 64),
+    "odd": (37, 53, 29, 31),
+    "wide": (20, 30, 1500, 33),
+    "no rows": (0, 7, 6, 5),
 }
 
 
@@ -100,11 +113,31 @@ def _decode(dtype: torch.dtype) -> Iterator[tuple[str, Probe]]:
         yield f"options: {option}", partial(run, ([150, 12, 33], 6, 3, 2, 40), {}, option)
 
 
+def _linear(op: str, dtype: torch.dtype) -> Iterator[tuple[str, Probe]]:
+    has_hidden = "feed_forward" in op
+
+    def run(sizes: tuple[int, ...], option: str, backend: str) -> None:
+        given = inputs(op, sizes if has_hidden else sizes[:3], dtype=dtype)
+        check_linear(op, with_options(op, option, given), backend=backend)
+
+    options = LINEAR_OPTION_SETS[op]
+    for name, sizes in _PRODUCTS.items():
+        yield name, partial(run, sizes, "none" if "none" in options else "plain")
+        if sizes[0]:
+            yield f"{name}, transposed", partial(run, sizes, "transposed")
+    for size in range(1, 50):  # every remainder of a tile
+        yield f"size {size}", partial(run, (size, 51 - size, size, 1 + size * 7 % 50), options[0])
+    for option in options:
+        yield f"options: {option}", partial(run, (70, 48, 90, 56), option)
+        yield f"one row: {option}", partial(run, (1, 48, 90, 56), option)
+
+
 # By op: its probes for one type. Every file of fastattn/ops has a line.
 PROBES: dict[str, Callable[[torch.dtype], Iterator[tuple[str, Probe]]]] = {
     "attention": _attention,
     "attention_varlen": _varlen,
     "attention_decode": _decode,
+    **{op: partial(_linear, op) for op in LINEAR_OPS},
 }
 
 

@@ -13,6 +13,7 @@ import torch
 
 from fastattn import attention, dispatch
 from fastattn.testing.check import check_attention, refusal
+from fastattn.testing.check_linear import OPS, check_linear
 
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
@@ -52,6 +53,17 @@ def check(backend: str, skip_if_refused: Callable[..., None]) -> Callable[..., N
     def run(*qkv: torch.Tensor, gradients: bool = True, **options: Any) -> None:
         skip_if_refused(attention, *qkv, **options)
         check_attention(*qkv, backend=backend, gradients=gradients, **options)
+
+    return run
+
+
+@pytest.fixture
+def check_op(backend: str, skip_if_refused: Callable[..., None]) -> Callable[..., None]:
+    """The same for an op of check_linear.py, by name, and its arguments."""
+
+    def run(op: str, given: dict[str, Any], gradients: bool = True) -> None:
+        skip_if_refused(OPS[op], **given)
+        check_linear(op, given, backend=backend, gradients=gradients)
 
     return run
 

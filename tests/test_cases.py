@@ -1,22 +1,31 @@
 """The cases of the benchmark: what they cost, who runs them, and the check that comes before the clock."""
 
+import importlib
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from fastattn.testing.cases import attention, attention_decode, attention_varlen
+from fastattn.testing.cases import attention_varlen
 from fastattn.testing.cases.attention import AttentionCase
 from fastattn.testing.cases.attention_decode import DecodeCase
 from fastattn.testing.cases.attention_varlen import VarlenCase
 from fastattn.testing.cases.case import Case, bind_read, reason
+from fastattn.testing.cases.feed_forward import FeedForwardCase
+from fastattn.testing.cases.gated_feed_forward import GatedCase
+from fastattn.testing.cases.linear import LinearCase
+from fastattn.testing.cases.linear_cross_entropy import CrossEntropyCase
 from fastattn.testing.cases.peers import COMPILED, LABELS, OURS, Unavailable, label
 
 FULL = AttentionCase(2, 3, 4, 4, 8)
 TRAINING = AttentionCase(1, 2, 8, 8, 8, causal=True, backward=True)
 PACKED = VarlenCase((3, 9, 1), 2, 8)
 CACHED = DecodeCase(2, 4, 2, 32, 8)
+LINEAR = LinearCase(200, 12, 150, "gelu")
+MLP = FeedForwardCase(200, 12, 150)
+SWIGLU = GatedCase(200, 12, 150)
+LOSS = CrossEntropyCase(300, 12, 150)
 
 CASES = [
     FULL,
@@ -30,6 +39,11 @@ CASES = [
     CACHED,
     replace(CACHED, page_size=4, dtype="bf16"),
     replace(CACHED, dtype="int8"),
+    *(
+        replace(case, rows=rows, backward=backward, dtype=dtype)
+        for case in (LINEAR, MLP, SWIGLU, LOSS)
+        for rows, backward, dtype in ((1, False, "fp32"), (3, False, "bf16"), (300, True, "fp32"))
+    ),
 ]
 
 
@@ -79,13 +93,39 @@ def test_the_check_sees_every_output() -> None:
         TRAINING.check(broken, ["sdpa"])
 
 
-@pytest.mark.parametrize("case", [FULL, PACKED, CACHED], ids=lambda case: case.op)
+@pytest.mark.parametrize("case", [FULL, PACKED, CACHED, LINEAR, MLP, SWIGLU, LOSS], ids=lambda case: case.op)
 def test_what_is_wrong_is_caught(case: Case[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = {"attention": attention, "attention_varlen": attention_varlen}.get(case.op, attention_decode)
+    module = importlib.import_module(type(case).__module__)
     right = getattr(module.op, case.op)
     monkeypatch.setattr(module.op, case.op, lambda *args, **kwargs: right(*args, **kwargs) + 0.01)
     with pytest.raises(AssertionError, match="out: error"):
         case.check(case.make_inputs(), [OURS])
+
+
+@pytest.mark.parametrize("case", [LINEAR, MLP, SWIGLU, LOSS], ids=lambda case: case.op)
+def test_the_check_sees_every_gradient(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each, some numbers: one that is wrong all over is caught, and named."""
+    case = replace(case, backward=True)
+    x = case.make_inputs()
+    call = case.bind("eager", x)
+    for wrong in call.names:
+
+        def spoil(raw: Any, wrong: str = wrong) -> Any:
+            return tuple(t + (name == wrong) for name, t in zip(call.names, call.result(raw), strict=True))
+
+        broken = call._replace(result=spoil)
+        monkeypatch.setattr(type(case), "bind", lambda self, peer, x, broken=broken: broken)
+        with pytest.raises(AssertionError, match=f"^{wrong}: error"):
+            case.check(x, ["eager"])
+
+
+def test_flops_count_products() -> None:
+    assert LINEAR.flops == 2 * 200 * 12 * 150
+    assert MLP.flops == 2 * LINEAR.flops
+    assert replace(SWIGLU, backward=True).flops == 9 * LINEAR.flops
+    assert LOSS.flops == 2 * 300 * 12 * 150
+    assert LINEAR.bytes == 4 * (200 * 12 + 12 * 150 + 200 * 150)
+    assert LOSS.bytes == 4 * (300 * 12 + 12 * 150 + 1)
 
 
 def test_flops_count_visible_pairs() -> None:

@@ -38,6 +38,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "  varlen     16 packed sequences of 32 to 2048 tokens\n"
         "  decode     one query per sequence over a cache: dense, in pages, in int8\n"
         "  all        these three\n"
+        "  ffn        linear layers, the MLPs of GPT-2 and Llama, the loss of a language model\n"
         "  sweep      speed over sequence length and over context, for the plots\n"
         "  grid       880 shapes of attention\n\n"
         f"peers:\n{peers}\n"

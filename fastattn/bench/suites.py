@@ -4,7 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastattn.testing.cases import attention, attention_decode, attention_varlen
+from fastattn.testing.cases import (
+    attention,
+    attention_decode,
+    attention_varlen,
+    feed_forward,
+    gated_feed_forward,
+    linear,
+    linear_cross_entropy,
+)
 from fastattn.testing.cases.case import Case
 
 
@@ -22,11 +30,25 @@ class Suite:
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 _CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 
+_FEED_FORWARD = [
+    *linear.LINEAR,
+    *feed_forward.FEED_FORWARD,
+    *gated_feed_forward.GATED_FEED_FORWARD,
+    *linear_cross_entropy.LINEAR_CROSS_ENTROPY,
+]
+_FEED_FORWARD_QUICK = [
+    *linear.LINEAR_QUICK,
+    *feed_forward.FEED_FORWARD_QUICK,
+    *gated_feed_forward.GATED_FEED_FORWARD_QUICK,
+    *linear_cross_entropy.LINEAR_CROSS_ENTROPY_QUICK,
+]
+
 # By name: the whole and the quick version. A new suite is a line here and a file of cases.
 SUITES: dict[str, tuple[Suite, Suite]] = {
     "attention": (Suite(attention.ATTENTION, 1.5), Suite(attention.ATTENTION_QUICK, 0.8)),
     "varlen": (Suite(attention_varlen.VARLEN, 3.0), Suite(attention_varlen.VARLEN_QUICK, 1.0)),
     "decode": (Suite(attention_decode.DECODE, 1.5), Suite(attention_decode.DECODE_QUICK, 0.8)),
+    "ffn": (Suite(_FEED_FORWARD, 1.5), Suite(_FEED_FORWARD_QUICK, 0.8)),
     "sweep": (
         Suite([*attention.sweep(_LENGTHS), *attention_decode.sweep(_CONTEXTS)], 1.0, 3, 10.0),
         Suite([*attention.sweep(_LENGTHS[:4]), *attention_decode.sweep(_CONTEXTS[:5:2])], 0.3, 3, 3.0),

@@ -17,7 +17,7 @@ from fastattn.testing.cases.peers import COMPILED, Unavailable
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESULTS = ("out", "dq", "dk", "dv")
 
-Result = tuple[Tensor, ...]  # out, then dq, dk, dv where the case has a backward
+Result = tuple[Tensor, ...]  # out, then the gradients where the case has a backward
 Inputs = TypeVar("Inputs")
 
 
@@ -34,6 +34,7 @@ class Call(NamedTuple):
 
     run: Callable[[], Any]  # what is timed
     result: Callable[[Any], Result]  # what it returned, in our op's layout
+    names: tuple[str, ...] = RESULTS  # of what is in it
 
 
 class Part(NamedTuple):
@@ -41,6 +42,7 @@ class Part(NamedTuple):
 
     reference: Callable[[torch.dtype], Result]
     of: Callable[[Result], Result]  # the same piece of a whole result
+    names: tuple[str, ...] = RESULTS  # of what is in it
 
 
 class Checked(NamedTuple):
@@ -144,7 +146,9 @@ class Case(ABC, Generic[Inputs]):
                 start = time.perf_counter()
                 raw = call.run()
                 found.seconds[peer] = time.perf_counter() - start
-                found.errors[peer] = _error(call.result(raw), parts, must_hold=peer == peers[0])
+                result = call.result(raw)
+                _must_be_finite(call.names, result)
+                found.errors[peer] = _error(result, parts, must_hold=peer == peers[0])
             except Exception as error:
                 if peer == peers[0]:
                     raise
@@ -152,14 +156,17 @@ class Case(ABC, Generic[Inputs]):
         return found
 
 
-def _error(result: Result, parts: Sequence[tuple[Part, Result, Result]], must_hold: bool) -> float:
-    """The largest error of a result over all parts."""
-    for name, tensor in zip(RESULTS, result, strict=False):
+def _must_be_finite(names: Sequence[str], result: Result) -> None:
+    for name, tensor in zip(names, result, strict=False):
         if not tensor.isfinite().all():
             raise AssertionError(f"{name} has values that are not finite")
+
+
+def _error(result: Result, parts: Sequence[tuple[Part, Result, Result]], must_hold: bool) -> float:
+    """The largest error of a result over all parts."""
     largest = 0.0
     for part, truth, base in parts:
-        for name, got, b, t in zip(RESULTS, part.of(result), base, truth, strict=False):
+        for name, got, b, t in zip(part.names, part.of(result), base, truth, strict=False):
             if must_hold:
                 compare.assert_close(got, b, t, name)
             largest = max(largest, compare.errors(got, b, t).ours)

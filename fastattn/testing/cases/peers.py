@@ -29,7 +29,7 @@ LABELS = {
     ),
     "flash": ("flash", "scaled_dot_product_attention, told to use its flash kernel"),
     "math": ("math", "scaled_dot_product_attention, told to use its math kernel, which stores the scores"),
-    "eager": ("eager", "matmul, softmax, matmul, which store the scores"),
+    "eager": ("eager", "one line of PyTorch after the other; attention stores its scores, a loss its logits"),
     "compiled": ("compiled", "eager under torch.compile, compiled before the clock starts"),
     "flex": ("flex", "FlexAttention under torch.compile, compiled before the clock starts"),
     "padded": ("SDPA padded", "SDPA on the sequences padded to the longest, with a mask; padding is free"),
