@@ -31,7 +31,8 @@ inline Vec normal_below(Vec x) {
   q = fma(q, s, broadcast(2.521719459e-01f));
   q = fma(q, s, broadcast(1.0f));
   const Vec half = broadcast(0.5f);
-  return fma(half * u, p / q, half);
+  // What is left over in the far tail would show, multiplied by x.
+  return select_less(x, broadcast(-5.5f), zero(), fma(half * u, p / q, half));
 }
 
 template <int kDegree>

@@ -106,7 +106,7 @@ void parameter_gradients(const FeedForwardParams& p, int64_t n, int64_t k, const
     columns.n = n;
     bwd_columns_now(columns, dz, {}, dbias, threads);
   }
-  if (dweight.data && k) {
+  if (dweight.data) {
     multiply_now(weight_gradient(p.type, p.m, n, k, dz, x, dweight), threads);
   }
 }
@@ -115,13 +115,10 @@ void parameter_gradients(const FeedForwardParams& p, int64_t n, int64_t k, const
 
 void feed_forward_fwd_cpu(const FeedForwardParams& p, int threads) {
   if (p.m == 0 || p.n == 0) return;
-  const bool drops = p.dropout.threshold || p.hidden_dropout.threshold;
-  if (p.m <= kFewTokens && !p.pre.data && !drops && p.hidden) return forward_few(p, threads);
-  forward_blocks(p, threads);
+  p.m <= kFewTokens ? forward_few(p, threads) : forward_blocks(p, threads);
 }
 
 void feed_forward_bwd_cpu(const FeedForwardParams& p, const FeedForwardGradients& g, int threads) {
-  if (p.m == 0) return;
   const int64_t width = p.gate.data ? 2 * p.hidden : p.hidden;
   Workspace workspace;
   Matrix dy = g.dout;
@@ -154,7 +151,7 @@ void feed_forward_bwd_cpu(const FeedForwardParams& p, const FeedForwardGradients
   const Matrix dz_up = p.gate.data ? dz.from_column(p.hidden, p.type) : dz;
   parameter_gradients(p, p.hidden, p.k, dz_up, p.x, g.dup, g.dup_bias, threads);
   parameter_gradients(p, p.hidden, p.k, dz, p.x, g.dgate, g.dgate_bias, threads);
-  if (g.dx.data && p.k) input_gradients(p, dz, g.dx, threads);
+  if (g.dx.data) input_gradients(p, dz, g.dx, threads);
 }
 
 }  // namespace fastattn

@@ -74,8 +74,8 @@ struct ProductKernels {
   void (*pack_panels)(const Product&, int64_t task, float* panels);
   void (*pack_tiles)(const Product&, const Matrix& a, int64_t task, float* tiles);
   void (*run)(const Product&, const ProductTask&, float* scratch);
-  // A few rows of b (m <= kFewTokens) against outputs [begin, end). Finishes with bias, activation
-  // and residual alone.
+  // A few rows of b (m <= kFewTokens) against outputs [begin, end), begin a multiple of 16. Has no
+  // slope and makes no panels.
   void (*pack_few)(const Product&, float* panels);
   void (*run_few)(const Product&, int64_t begin, int64_t end, float* scratch);
   // Of columns [begin, end) of dout [m, n], begin a multiple of 16: the gradient of what was

@@ -132,28 +132,40 @@ void few_sums_of(std::index_sequence<kTokens...>, const Product& p, const Matrix
   by_tokens[p.m - 1](p, a, begin, end, out, out_stride);
 }
 
+// One token's row of a matrix, from an output on; null where there is no matrix.
+template <class T>
+inline T* row_from(const Matrix& x, int64_t token, int64_t output) {
+  return x.data ? static_cast<T*>(x.data) + token * x.row_stride + output : nullptr;
+}
+
+template <class T>
+inline Vec add_few(Vec x, const void* bias, int64_t i, int n) {
+  return bias ? x + load(static_cast<const T*>(bias) + i, n) : x;
+}
+
 // One token's outputs [begin, end).
 template <class T>
 void finish_few(const Product& p, int64_t token, int64_t begin, int64_t end, const float* sums,
                 const float* gates) {
   constexpr int kDegree = MathOf<T>::type::kExpDegree;
   const Finish& f = p.finish;
-  const T *bias = static_cast<const T*>(f.bias), *gate_bias = static_cast<const T*>(f.gate_bias);
-  const T* residual = static_cast<const T*>(f.residual.data);
-  if (residual) residual += token * f.residual.row_stride;
-  T* out = static_cast<T*>(f.out.data) + token * f.out.row_stride;
+  T* out = row_from<T>(f.out, token, begin);
+  T* pre = row_from<T>(f.pre, token, begin);
+  const T* residual = row_from<T>(f.residual, token, begin);
   with_activation<kDegree>(f.activation, [&](auto activation) {
-    for (int64_t i = begin; i < end; i += kWidth) {
-      const int n = static_cast<int>(smaller(kWidth, end - i));
-      Vec x = load(sums + i - begin);
-      if (bias) x = x + load(bias + i, n);
+    for (int64_t i = 0; i < end - begin; i += kWidth) {
+      const int n = static_cast<int>(smaller(kWidth, end - begin - i));
+      Vec x = add_few<T>(load(sums + i), f.bias, begin + i, n);
       if (gates) {
-        Vec gate = load(gates + i - begin);
-        if (gate_bias) gate = gate + load(gate_bias + i, n);
+        const Vec gate = add_few<T>(load(gates + i), f.gate_bias, begin + i, n);
+        if (pre) store(pre + i, gate, n);
+        if (pre) store(pre + p.outputs + i, x, n);
         x = x * activation.value(gate);
       } else {
+        if (pre) store(pre + i, x, n);
         x = activation.value(x);
       }
+      if (f.dropout.threshold) x = x * draw_row(f.dropout, token, begin + i);
       if (residual) x = x + load(residual + i, n);
       store(out + i, x, n);
     }

@@ -170,7 +170,7 @@ int Products::run_tiles(const Product& p, int after) {
   const int64_t groups = ceil_div(plan.panels, plan.task_panels);
   // Enough tasks to share them evenly; few enough that a task's tiles reuse the panels in its
   // cache.
-  const int64_t tile_groups = std::max<int64_t>(ceil_div(plan.tiles, plan.group), 1);
+  const int64_t tile_groups = ceil_div(plan.tiles, plan.group);
   const int64_t wanted = std::max(ceil_div(int64_t{8} * threads_, groups), tile_groups / 4);
   const int64_t parts = std::clamp<int64_t>(wanted, 1, tile_groups);
   const auto run = [this, p, plan, groups, parts, tile_groups](int64_t t) {
@@ -226,6 +226,7 @@ int Products::multiply_few(Product p, int after) {
 }
 
 void multiply_now(const Product& p, int threads) {
+  if (p.m == 0 || p.n == 0) return;
   Products products(p.type, threads);
   products.multiply(p);
   products.run();
