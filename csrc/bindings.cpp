@@ -3,6 +3,8 @@
 
 namespace fastattn {
 void bind_attention(pybind11::module_& m);
+void bind_feed_forward(pybind11::module_& m);
+void bind_linear(pybind11::module_& m);
 void bind_machine(pybind11::module_& m);
 void bind_tensor(pybind11::module_& m);
 }  // namespace fastattn
@@ -11,4 +13,6 @@ PYBIND11_MODULE(_C, m) {
   fastattn::bind_machine(m);
   fastattn::bind_tensor(m);
   fastattn::bind_attention(m);
+  fastattn::bind_feed_forward(m);
+  fastattn::bind_linear(m);
 }

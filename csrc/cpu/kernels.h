@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../attention.h"
+#include "product.h"
 
 namespace fastattn {
 
@@ -62,6 +63,7 @@ struct AttentionKernels {
 struct CpuKernels {
   const char* isa;
   AttentionKernels attention[kTypes];
+  ProductKernels product[kTypes];
   double (*fma_peak)(bool bf16, double seconds);  // GFLOP/s of the calling thread
   float (*read_all)(const float* p, int64_t n);   // their sum, at full speed
 };

@@ -6,6 +6,7 @@
 #include "attention_few.inl.h"
 #include "attention_fwd.inl.h"
 #include "kernels.h"
+#include "product_few.inl.h"
 #include "roof.inl.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -56,12 +57,26 @@ constexpr AttentionKernels attention_kernels() {
   return k;
 }
 
+template <class T>
+constexpr ProductKernels product_kernels() {
+  ProductKernels k = {};
+  k.plan = product_plan<T>;
+  k.pack_panels = product_pack_panels<T>;
+  k.pack_tiles = product_pack_tiles<T>;
+  k.run = product_run<T>;
+  k.pack_few = product_pack_few<T>;
+  k.run_few = product_run_few<T>;
+  k.bwd_columns = product_bwd_columns<T>;
+  return k;
+}
+
 #define FASTATTN_TEXT_OF(x) #x
 #define FASTATTN_TEXT(x) FASTATTN_TEXT_OF(x)
 extern const CpuKernels kernels;
 constexpr CpuKernels kernels_of_tier = {
     FASTATTN_TEXT(FASTATTN_ISA),
     {attention_kernels<float>(), attention_kernels<BF16>(), attention_kernels<F16>()},
+    {product_kernels<float>(), product_kernels<BF16>(), product_kernels<F16>()},
     fma_peak,
     read_all};
 const CpuKernels kernels = kernels_of_tier;

@@ -89,6 +89,7 @@ class Buffer {
     }
     return static_cast<float*>(data_);
   }
+  size_t bytes() const { return bytes_; }
   void trim(size_t keep_bytes) {
     if (bytes_ > keep_bytes) release();
   }

@@ -95,6 +95,7 @@ struct FloatMath {
   static Vec zip_rows(const T* low, const T*, int n) {
     return load_row(low, n);
   }
+  static Vec zip_rows(Vec low, Vec) { return low; }
   template <class T>
   static Vec zip_row(const T* row, int n) {
     return load_row(row, n);

@@ -1,0 +1,470 @@
+// A product in register tiles: packing, sums, and what becomes of them.
+//
+// Cost of a tile, AVX-512, in cycles: 14 for each element of the sum's length. Beside that, a is
+// copied once for the panels of a task, b is packed once, and a tile's end is 28 vectors'
+// activation and four 16 x 16 transposes, some 400.
+#pragma once
+
+#include "activation.inl.h"
+#include "gemm.inl.h"
+#include "philox.inl.h"
+#include "product.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+// Elements of a sum that are added up at once, panels of a task, and tiles that end together: the
+// chunks of so many panels and tiles stay in the L2 cache.
+constexpr int64_t kChunk = 512;
+constexpr int64_t kTaskPanels = 5;
+// Also so many that their rows together are whole cache lines of the output, of which neighbours
+// may fall into one set.
+constexpr int64_t kGroup = 8;
+
+// A packed tile is rows of kChunkStride elements where a's rows lie that way, else columns of
+// kTileLanes. 16 more than the chunk, or all rows would fall into the same sets of the L1 cache.
+constexpr int64_t kChunkStride = kChunk + 16;
+constexpr int64_t kTileLanes = (kMaxTileRows + kWidth - 1) / kWidth * kWidth;
+constexpr int64_t kGroupRows = kGroup * kMaxTileRows;
+constexpr int64_t kGroupFloats = kGroupRows * kPanel;
+static_assert(kGroupRows % 16 == 0, "groups begin at whole vectors");
+// Outputs that run_few works on together.
+constexpr int64_t kFewBlock = 1024;
+// Steps that a task packs at once.
+constexpr int64_t kPackSteps = 32;
+
+inline int64_t even_share(int64_t n, int64_t most) {
+  const int64_t parts = ceil_div(n, most);
+  return round_up(ceil_div(n, parts), 2);
+}
+
+template <class T>
+struct ProductSizes {
+  using Math = typename MathOf<T>::type;
+  static constexpr int64_t kStep = Math::kStep;
+
+  explicit ProductSizes(const Product& p)
+      : steps(ceil_div(p.kk, kStep)),
+        chunks(larger(ceil_div(steps, kChunk), 1)),
+        chunk(larger(round_up(ceil_div(steps, chunks), 16), 16)),
+        rows(p.n ? even_share(p.n, kMaxTileRows) : 2),
+        packed_chunk(larger(kMaxTileRows * kChunkStride, kTileLanes * chunk)) {}
+
+  int64_t first_step(int64_t c) const { return c * chunk; }
+  int64_t steps_of(int64_t c) const { return larger(smaller(chunk, steps - c * chunk), 0); }
+  int64_t panel_floats() const { return steps * kPanel; }
+
+  int64_t steps, chunks, chunk;
+  int64_t rows;          // of a tile
+  int64_t packed_chunk;  // a chunk of a tile
+};
+
+// How a tile is packed.
+inline bool by_rows(const Matrix& a) { return a.column_stride == 1; }
+
+template <class T>
+ProductPlan product_plan(const Product& p) {
+  const ProductSizes<T> size(p);
+  ProductPlan plan = {};
+  plan.tiles = ceil_div(p.n, size.rows);
+  plan.panels = ceil_div(p.m, kPanel);
+  plan.tile_rows = size.rows;
+  plan.panel_lanes = kPanel;
+  plan.packed_tile = size.chunks * size.packed_chunk;
+  plan.packed_panel = size.panel_floats();
+  plan.panel_tasks = p.b.column_stride == 1 ? plan.panels : ceil_div(size.steps, kPackSteps);
+  // Rows are copied by each task, unless there are many panels: then once for all.
+  const bool copied = by_rows(p.a) && (!p.gate.data || by_rows(p.gate)) &&
+                      (plan.panels <= kTaskPanels || size.steps < kChunk / 2);
+  plan.tile_tasks = copied ? 0 : ceil_div(size.steps, kPackSteps);
+  plan.group = kGroup;
+  plan.scratch = 2 * (kGroup * size.packed_chunk + kTaskPanels * kGroupFloats);
+  plan.task_panels = kTaskPanels;
+  plan.few_panels = p.m * round_up(size.steps, kWidth);
+  plan.few_scratch = 2 * kFewTokens * kFewBlock;
+  return plan;
+}
+
+// The elements of step s of n neighbouring rows of x from `from` on.
+template <class Math, class T>
+inline Vec load_step(const Matrix& x, const T* from, int64_t s, int64_t kk, int64_t n) {
+  const int64_t k = s * Math::kStep;
+  const T* low = from + k * x.column_stride;
+  const int lanes = static_cast<int>(smaller(n, kWidth));
+  if (Math::kStep == 1 || k + 1 >= kk) return Math::zip_row(low, lanes);
+  return Math::zip_rows(low, low + x.column_stride, lanes);
+}
+
+// Task t of packing b: a panel, where tokens are rows; where they are columns, some steps of all
+// panels, so that b is read in order.
+template <class T>
+void product_pack_panels(const Product& p, int64_t t, float* panels) {
+  using Math = typename MathOf<T>::type;
+  const ProductSizes<T> size(p);
+  const T* b = static_cast<const T*>(p.b.data);
+  if (p.b.column_stride == 1) {
+    b += t * kPanel * p.b.row_stride;
+    pack_transposed<Math>([&](int64_t j) { return b + j * p.b.row_stride; },
+                          smaller(kPanel, p.m - t * kPanel), p.kk,
+                          panels + t * size.panel_floats());
+    return;
+  }
+  const int64_t end = smaller((t + 1) * kPackSteps, size.steps);
+  for (int64_t s = t * kPackSteps; s < end; ++s) {
+    for (int64_t j = 0; j < p.m; j += kWidth) {
+      store(panels + j / kPanel * size.panel_floats() + s * kPanel + j % kPanel,
+            load_step<Math>(p.b, b + j, s, p.kk, p.m - j));
+    }
+  }
+}
+
+// One chunk of a tile of a, whose rows' terms lie side by side.
+template <class T>
+void copy_chunk(const Product& p, const ProductSizes<T>& size, const Matrix& a, int64_t tile,
+                int64_t c, float* out) {
+  using Math = typename MathOf<T>::type;
+  const int64_t i = tile * size.rows, h = smaller(size.rows, p.n - i);
+  const int64_t k = size.first_step(c) * Math::kStep;
+  const int64_t values = smaller(p.kk - k, size.chunk * Math::kStep);
+  const T* from = static_cast<const T*>(a.data) + i * a.row_stride + k;
+  for (int64_t r = 0; r < h; ++r, from += a.row_stride, out += kChunkStride) {
+    for (int64_t v = 0; v < values; v += kWidth * Math::kStep) {
+      store(out + v / Math::kStep, Math::load_row(from + v, static_cast<int>(values - v)));
+    }
+  }
+}
+
+// Task t of packing all tiles of a: tiles, where it is their copy that is kept; where outputs lie
+// side by side, some steps of all of them.
+template <class T>
+void product_pack_tiles(const Product& p, const Matrix& a, int64_t t, float* tiles) {
+  using Math = typename MathOf<T>::type;
+  const ProductSizes<T> size(p);
+  const int64_t tile_floats = size.chunks * size.packed_chunk;
+  const int64_t end = smaller((t + 1) * kPackSteps, size.steps);
+  const T* from = static_cast<const T*>(a.data);
+  if (by_rows(a)) {
+    const int64_t count = ceil_div(p.n, size.rows), tasks = ceil_div(size.steps, kPackSteps);
+    for (int64_t tile = count * t / tasks; tile < count * (t + 1) / tasks; ++tile) {
+      for (int64_t c = 0; c < size.chunks; ++c) {
+        copy_chunk<T>(p, size, a, tile, c, tiles + tile * tile_floats + c * size.packed_chunk);
+      }
+    }
+    return;
+  }
+  for (int64_t s = t * kPackSteps; s < end; ++s) {
+    const int64_t c = s / size.chunk;
+    float* out = tiles + c * size.packed_chunk + (s - c * size.chunk) * kTileLanes;
+    for (int64_t i = 0; i < p.n; i += size.rows, out += tile_floats) {
+      const int64_t h = smaller(size.rows, p.n - i);
+      for (int64_t r = 0; r < h; r += kWidth) {
+        store(out + r, load_step<Math>(a, from + i + r, s, p.kk, h - r));
+      }
+    }
+  }
+}
+
+// ---- what becomes of a tile's sums ----
+
+// Rows [i, i + h) of a, those of a group of tiles, by `lanes` rows of b from j on. Its numbers lie
+// in rows of kPanel lanes.
+struct Place {
+  int64_t i, h, j, lanes;
+
+  int64_t vectors() const { return ceil_div(lanes, kWidth) * kWidth; }
+};
+
+// x[j, i] into lane j of row i, 0 in lanes past the last.
+template <class T>
+void load_tile(const Place& at, const Matrix& x, float* tile) {
+  const T* from = static_cast<const T*>(x.data) + at.j * x.row_stride + at.i * x.column_stride;
+  if (x.column_stride != 1) {
+    for (int64_t i = 0; i < at.h; ++i) {
+      for (int64_t j = 0; j < at.lanes; j += kWidth) {
+        const int n = static_cast<int>(smaller(at.lanes - j, kWidth));
+        store(tile + i * kPanel + j, load(from + i * x.column_stride + j, n));
+      }
+    }
+    return;
+  }
+  for (int64_t i = 0; i < at.h; i += kWidth) {
+    const int n = static_cast<int>(smaller(at.h - i, kWidth));
+    for (int64_t j = 0; j < at.lanes; j += kWidth) {
+      Vec r[kWidth];
+      for (int64_t l = 0; l < kWidth; ++l) {
+        r[l] = j + l < at.lanes ? load(from + (j + l) * x.row_stride + i, n) : zero();
+      }
+      transpose(r);
+      for (int l = 0; l < n; ++l) store(tile + (i + l) * kPanel + j, r[l]);
+    }
+  }
+}
+
+// The other way round, with the residual added.
+template <class T>
+void store_tile(const Place& at, const float* tile, const Matrix& residual, const Matrix& x) {
+  T* to = static_cast<T*>(x.data) + at.j * x.row_stride + at.i * x.column_stride;
+  if (x.column_stride != 1) {
+    for (int64_t i = 0; i < at.h; ++i) {
+      for (int64_t j = 0; j < at.lanes; j += kWidth) {
+        const int n = static_cast<int>(smaller(at.lanes - j, kWidth));
+        store(to + i * x.column_stride + j, load(tile + i * kPanel + j), n);
+      }
+    }
+    return;
+  }
+  const T* add = static_cast<const T*>(residual.data);
+  if (add) add += at.j * residual.row_stride + at.i;
+  for (int64_t i = 0; i < at.h; i += kWidth) {
+    const int n = static_cast<int>(smaller(at.h - i, kWidth));
+    for (int64_t j = 0; j < at.lanes; j += kWidth) {
+      Vec r[kWidth];
+      for (int l = 0; l < kWidth; ++l) r[l] = l < n ? load(tile + (i + l) * kPanel + j) : zero();
+      transpose(r);
+      for (int64_t l = 0; l < smaller(at.lanes - j, kWidth); ++l) {
+        if (add) r[l] = r[l] + load(add + (j + l) * residual.row_stride + i, n);
+        store(to + (j + l) * x.row_stride + i, r[l], n);
+      }
+    }
+  }
+}
+
+// Rows become terms of the next product's sums.
+template <class T>
+void store_panel(const Product& p, const Place& at, const float* tile) {
+  using Math = typename MathOf<T>::type;
+  const int64_t steps = ceil_div(p.outputs, Math::kStep);
+  const int64_t step = (p.first_output + at.i) / Math::kStep;
+  float* to = p.finish.panels + (at.j / kPanel * steps + step) * kPanel;
+  for (int64_t i = 0; i < at.h; i += Math::kStep, to += kPanel) {
+    for (int64_t j = 0; j < kPanel; j += kWidth) {
+      const float* row = tile + i * kPanel + j;
+      const bool there = j < at.lanes, pair = there && Math::kStep == 2 && i + 1 < at.h;
+      store(to + j, Math::zip_rows(there ? load(row) : zero(), pair ? load(row + kPanel) : zero()));
+    }
+  }
+}
+
+// 0 where a position is dropped, else the scale. A group begins at a multiple of 16.
+inline void draw_tile(const Product& p, const Place& at, const Dropout& dropout, float* factors) {
+  for (int64_t j = 0; j < at.lanes; ++j) {
+    for (int64_t i = 0; i < at.h; i += 16) {
+      uint32_t words[16];
+      philox_row<16>(dropout.seed, dropout.plane, static_cast<uint32_t>(p.first_row + at.j + j),
+                     static_cast<uint32_t>(p.first_output + at.i + i), words);
+      for (int64_t l = 0; l < smaller(at.h - i, 16); ++l) {
+        factors[(i + l) * kPanel + j] = words[l] >= dropout.threshold ? dropout.scale : 0.0f;
+      }
+    }
+  }
+}
+
+// The same for kWidth columns of one row.
+inline Vec draw_row(const Dropout& dropout, int64_t row, int64_t column) {
+  uint32_t words[kWidth];
+  philox_row<kWidth>(dropout.seed, dropout.plane, static_cast<uint32_t>(row),
+                     static_cast<uint32_t>(column), words);
+  float factors[kWidth];
+  for (int l = 0; l < kWidth; ++l) {
+    factors[l] = words[l] >= dropout.threshold ? dropout.scale : 0.0f;
+  }
+  return load(factors);
+}
+
+// Runs f(row i, its place in the tile) for each vector, its place in the tile) over a tile.
+template <class F>
+inline void for_tile(const Place& at, const F& f) {
+  for (int64_t i = 0; i < at.h; ++i) {
+    for (int64_t j = 0; j < at.vectors(); j += kWidth) f(i, i * kPanel + j);
+  }
+}
+
+template <class T>
+void add_bias(const Place& at, const void* bias, float* tile) {
+  if (!bias) return;
+  float values[kGroupRows];
+  const T* from = static_cast<const T*>(bias) + at.i;
+  for (int64_t i = 0; i < at.h; i += kWidth) {
+    store(values + i, load(from + i, static_cast<int>(smaller(at.h - i, kWidth))));
+  }
+  for_tile(at,
+           [&](int64_t i, int64_t x) { store(tile + x, load(tile + x) + broadcast(values[i])); });
+}
+
+inline void drop(const Product& p, const Place& at, const Dropout& dropout, float* tile) {
+  if (!dropout.threshold) return;
+  float factors[kGroupFloats];
+  draw_tile(p, at, dropout, factors);
+  for_tile(at, [&](int64_t, int64_t x) { store(tile + x, load(tile + x) * load(factors + x)); });
+}
+
+// dhidden -> dz in place (gated: of up in place, of the gate in `gate`), and the hidden values.
+template <class T>
+void apply_slope(const Product& p, const Place& at, float* tile, float* gate) {
+  constexpr int kDegree = MathOf<T>::type::kExpDegree;
+  const Slope& s = p.slope;
+  float z[kGroupFloats], up[kGroupFloats], hidden[kGroupFloats];
+  drop(p, at, s.dropout, tile);
+  load_tile<T>(at, s.pre, z);
+  if (gate) load_tile<T>(at, s.pre.from_column(p.outputs, p.type), up);
+  with_activation<kDegree>(s.activation, [&](auto activation) {
+    for_tile(at, [&](int64_t, int64_t x) {
+      const Vec dh = load(tile + x), value = activation.value(load(z + x));
+      Vec dz = dh * activation.slope(load(z + x));
+      if (gate) {
+        const Vec u = load(up + x);
+        store(tile + x, dh * value);
+        store(gate + x, dz * u);
+        store(hidden + x, value * u);
+      } else {
+        store(tile + x, dz);
+        store(hidden + x, value);
+      }
+    });
+  });
+  if (s.hidden.data) {
+    drop(p, at, s.dropout, hidden);
+    store_tile<T>(at, hidden, {}, s.hidden);
+  }
+}
+
+template <class T>
+void finish_slope(const Product& p, const Place& at, float* tile) {
+  float gate[kGroupFloats];
+  const bool gated = p.slope.gated;
+  apply_slope<T>(p, at, tile, gated ? gate : nullptr);
+  if (gated) store_tile<T>(at, gate, {}, p.finish.out);
+  store_tile<T>(at, tile, {}, gated ? p.finish.out.from_column(p.outputs, p.type) : p.finish.out);
+}
+
+template <class T>
+void finish_tile(const Product& p, const Place& at, float* tile, float* gate) {
+  constexpr int kDegree = MathOf<T>::type::kExpDegree;
+  if (p.slope.pre.data) return finish_slope<T>(p, at, tile);
+  const Finish& f = p.finish;
+  add_bias<T>(at, f.bias, tile);
+  if (gate) {
+    add_bias<T>(at, f.gate_bias, gate);
+    if (f.pre.data) {
+      store_tile<T>(at, gate, {}, f.pre);
+      store_tile<T>(at, tile, {}, f.pre.from_column(p.outputs, p.type));
+    }
+  } else if (f.pre.data) {
+    store_tile<T>(at, tile, {}, f.pre);
+  }
+  if (!f.panels && !f.out.data) return;
+  if (gate || f.activation != Activation::kNone) {
+    const float* z = gate ? gate : tile;
+    with_activation<kDegree>(f.activation, [&](auto activation) {
+      for_tile(at, [&](int64_t, int64_t x) {
+        const Vec value = activation.value(load(z + x));
+        store(tile + x, gate ? value * load(tile + x) : value);
+      });
+    });
+  }
+  drop(p, at, f.dropout, tile);
+  if (f.panels) {
+    store_panel<T>(p, at, tile);
+  } else {
+    store_tile<T>(at, tile, f.residual, f.out);
+  }
+}
+
+// ---- the sums ----
+
+// A task's tiles of one factor.
+template <class T>
+struct Tiles {
+  const Matrix* a;
+  const float* packed;  // for all tasks; null: copied for this one
+  float* copy;
+
+  // Tiles of a group from tile t on, one every size.packed_chunk or so.
+  const float* chunk(const Product& p, const ProductSizes<T>& size, int64_t t, int64_t count,
+                     int64_t c) const {
+    if (packed) return packed + (t * size.chunks + c) * size.packed_chunk;
+    for (int64_t i = 0; i < count; ++i) {
+      copy_chunk<T>(p, size, *a, t + i, c, copy + i * size.packed_chunk);
+    }
+    return copy;
+  }
+  int64_t stride(const ProductSizes<T>& size) const {
+    return packed ? size.chunks * size.packed_chunk : size.packed_chunk;
+  }
+};
+
+// Adds the terms of one chunk to a group's sums, or begins with them.
+template <class Math>
+void add_chunk(const Place& at, int64_t rows, bool tiles_by_rows, int64_t steps, const float* a,
+               int64_t a_stride, const float* panel, float* sums, bool accumulate) {
+  const Panels b = {panel, kPanel, 0};
+  for (int64_t i = 0; i < at.h; i += rows, a += a_stride, sums += rows * kPanel) {
+    const int64_t h = smaller(rows, at.h - i);
+    if (tiles_by_rows) {
+      gemm_rows<Math, kChunkStride>(h, at.lanes, steps, a, 1, b, sums, kPanel, accumulate);
+    } else {
+      gemm_rows<Math, 1>(h, at.lanes, steps, a, kTileLanes, b, sums, kPanel, accumulate);
+    }
+  }
+}
+
+template <class T>
+void product_run(const Product& p, const ProductTask& task, float* scratch) {
+  using Math = typename MathOf<T>::type;
+  const ProductSizes<T> size(p);
+  const int factors = p.gate.data ? 2 : 1;
+  const Tiles<T> tiles[2] = {{&p.a, p.tiles, scratch},
+                             {&p.gate, p.gate_tiles, scratch + kGroup * size.packed_chunk}};
+  float* all_sums = scratch + 2 * kGroup * size.packed_chunk;
+  for (int64_t t = task.tile_begin; t < task.tile_end; t += kGroup) {
+    const int64_t count = smaller(kGroup, task.tile_end - t), i = t * size.rows;
+    for (int64_t c = 0; c < size.chunks; ++c) {
+      const float* a[2] = {};
+      for (int w = 0; w < factors; ++w) a[w] = tiles[w].chunk(p, size, t, count, c);
+      for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
+        const Place at = {i, smaller(count * size.rows, p.n - i), panel * kPanel,
+                          smaller(kPanel, p.m - panel * kPanel)};
+        // With more than one chunk, each panel's sums wait for the next.
+        const int64_t slot = size.chunks > 1 ? panel - task.panel_begin : 0;
+        float* sums = all_sums + slot * 2 * kGroupFloats;
+        for (int w = 0; w < factors; ++w) {
+          add_chunk<Math>(at, size.rows, by_rows(*tiles[w].a), size.steps_of(c), a[w],
+                          tiles[w].stride(size),
+                          p.panels + panel * size.panel_floats() + size.first_step(c) * kPanel,
+                          sums + w * kGroupFloats, c > 0);
+        }
+        if (c + 1 == size.chunks) {
+          finish_tile<T>(p, at, sums, factors == 2 ? sums + kGroupFloats : nullptr);
+        }
+      }
+    }
+  }
+}
+
+// ---- the gradient of what was activated, where dout is its start ----
+
+template <class T>
+void product_bwd_columns(const LinearParams& p, const Matrix& dout, const Matrix& dz, void* db,
+                         int64_t begin, int64_t end) {
+  constexpr int kDegree = MathOf<T>::type::kExpDegree;
+  with_activation<kDegree>(dz.data ? p.activation : Activation::kNone, [&](auto activation) {
+    for (int64_t i = begin; i < end; i += kWidth) {
+      const int n = static_cast<int>(smaller(kWidth, end - i));
+      Vec total = zero();
+      for (int64_t j = 0; j < p.m; ++j) {
+        Vec d = load(static_cast<const T*>(dout.data) + j * dout.row_stride + i, n);
+        if (dz.data) {
+          if (p.dropout.threshold) d = d * draw_row(p.dropout, j, i);
+          if (p.pre.data) {
+            d = d * activation.slope(
+                        load(static_cast<const T*>(p.pre.data) + j * p.pre.row_stride + i, n));
+          }
+          store(static_cast<T*>(dz.data) + j * dz.row_stride + i, d, n);
+        }
+        total = total + d;
+      }
+      if (db) store(static_cast<T*>(db) + i, total, n);
+    }
+  });
+}
+
+}  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,242 @@
+#include "products.h"
+
+#include <algorithm>
+
+namespace fastattn {
+
+namespace {
+
+constexpr int64_t kMegabyte = int64_t{1} << 18;  // in floats
+// What may be packed at once of b, and of a where all of it is too large.
+constexpr int64_t kBlock = 16 * kMegabyte;
+// The largest weight that is packed whole.
+constexpr int64_t kWhole = 64 * kMegabyte;
+constexpr size_t kKeptWorkspace = size_t{64} << 20;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Buffers {
+  std::deque<Buffer> all;
+  size_t used = 0;
+};
+
+Buffers& buffers() {
+  thread_local Buffers buffers;
+  return buffers;
+}
+
+const void* moved(const void* p, int64_t elements, Type type) {
+  return p ? static_cast<const char*>(p) + elements * size_of(type) : nullptr;
+}
+
+bool by_rows(const Product& p) {
+  return p.a.column_stride == 1 && (!p.gate.data || p.gate.column_stride == 1);
+}
+
+}  // namespace
+
+Workspace::Workspace() : begin_(buffers().used) {}
+
+Workspace::~Workspace() {
+  buffers().used = begin_;
+  if (begin_ > 0) return;
+  size_t kept = 0;
+  for (Buffer& buffer : buffers().all) {
+    buffer.trim(kKeptWorkspace - kept);
+    kept += buffer.bytes();
+  }
+}
+
+float* Workspace::floats(int64_t n) {
+  Buffers& b = buffers();
+  if (b.used == b.all.size()) b.all.emplace_back();
+  return b.all[b.used++].floats(n);
+}
+
+Matrix Workspace::matrix(int64_t rows, int64_t columns, Type type) {
+  return {floats(ceil_div(rows * columns * size_of(type), sizeof(float))), columns, 1};
+}
+
+Product rows_of(const Product& p, int64_t begin, int64_t count) {
+  Product part = p;
+  part.m = count;
+  part.first_row += begin;
+  part.b = p.b.from_row(begin, p.type);
+  part.finish.pre = p.finish.pre.from_row(begin, p.type);
+  part.finish.residual = p.finish.residual.from_row(begin, p.type);
+  part.finish.out = p.finish.out.from_row(begin, p.type);
+  part.slope.pre = p.slope.pre.from_row(begin, p.type);
+  part.slope.hidden = p.slope.hidden.from_row(begin, p.type);
+  return part;
+}
+
+Product outputs_of(const Product& p, int64_t begin, int64_t count) {
+  Product part = p;
+  part.n = count;
+  part.first_output += begin;
+  part.a = p.a.from_row(begin, p.type);
+  part.gate = p.gate.from_row(begin, p.type);
+  part.finish.bias = moved(p.finish.bias, begin, p.type);
+  part.finish.gate_bias = moved(p.finish.gate_bias, begin, p.type);
+  part.finish.pre = p.finish.pre.from_column(begin, p.type);
+  part.finish.residual = p.finish.residual.from_column(begin, p.type);
+  part.finish.out = p.finish.out.from_column(begin, p.type);
+  part.slope.pre = p.slope.pre.from_column(begin, p.type);
+  part.slope.hidden = p.slope.hidden.from_column(begin, p.type);
+  return part;
+}
+
+Product product_of(Type type, int64_t m, int64_t n, int64_t k, const Matrix& x,
+                   const Matrix& weight) {
+  Product p = {};
+  p.type = type;
+  p.m = m;
+  p.n = p.outputs = n;
+  p.kk = k;
+  p.a = weight;
+  p.b = x;
+  return p;
+}
+
+Product input_gradient(Type type, int64_t m, int64_t n, int64_t k, const Matrix& dz,
+                       const Matrix& weight, const Matrix& dx) {
+  Product p = product_of(type, m, k, n, dz, weight.transposed());
+  p.finish.out = dx;
+  return p;
+}
+
+Product weight_gradient(Type type, int64_t m, int64_t n, int64_t k, const Matrix& dz,
+                        const Matrix& x, const Matrix& dweight) {
+  // A panel's lanes are dweight's contiguous dimension.
+  const bool across = dweight.column_stride == 1;
+  Product p = across ? product_of(type, k, n, m, x.transposed(), dz.transposed())
+                     : product_of(type, n, k, m, dz.transposed(), x.transposed());
+  p.finish.out = across ? dweight.transposed() : dweight;
+  return p;
+}
+
+Products::Products(Type type, int threads)
+    : kernels_(cpu_kernels().product[static_cast<int>(type)]), threads_(threads) {}
+
+int64_t Products::block_rows(const Product& p) const {
+  const ProductPlan plan = kernels_.plan(p);
+  const int64_t group = plan.task_panels;
+  const int64_t panels = kBlock / std::max<int64_t>(plan.packed_panel, 1) / group * group;
+  return std::min(std::max(panels, group) * plan.panel_lanes, p.m);
+}
+
+int Products::pack_panels(Product& p, float* panels, int after) {
+  p.panels = panels;
+  return schedule_.add(kernels_.plan(p).panel_tasks, after,
+                       [this, p, panels](int64_t t) { kernels_.pack_panels(p, t, panels); });
+}
+
+int Products::pack_tiles(Product& p, const ProductPlan& plan, float* tiles, float* gate_tiles,
+                         int after) {
+  const int64_t tasks = plan.tile_tasks;
+  p.tiles = tiles;
+  p.gate_tiles = gate_tiles;
+  const auto pack = [this, p, tasks, tiles, gate_tiles](int64_t t) {
+    if (t < tasks) return kernels_.pack_tiles(p, p.a, t, tiles);
+    kernels_.pack_tiles(p, p.gate, t - tasks, gate_tiles);
+  };
+  return schedule_.add(gate_tiles ? 2 * tasks : tasks, after, pack);
+}
+
+int Products::pack_weights(Product& p, int after) {
+  const ProductPlan plan = kernels_.plan(p);
+  const int64_t floats = plan.tiles * plan.packed_tile;
+  if (plan.tile_tasks == 0 || floats > kWhole) return after;
+  float* tiles = workspace_.floats(floats);
+  return pack_tiles(p, plan, tiles, p.gate.data ? workspace_.floats(floats) : nullptr, after);
+}
+
+int Products::multiply_panels(const Product& p, int after) {
+  if (p.tiles || by_rows(p)) return run_tiles(p, after);
+  const ProductPlan plan = kernels_.plan(p);
+  const int64_t count = std::max<int64_t>(kBlock / plan.packed_tile / plan.group, 1) * plan.group;
+  const int64_t floats = count * plan.packed_tile, outputs = count * plan.tile_rows;
+  float* tiles = workspace_.floats(floats);
+  float* gate_tiles = p.gate.data ? workspace_.floats(floats) : nullptr;
+  for (int64_t n = 0; n < p.n; n += outputs) {
+    Product part = outputs_of(p, n, std::min(outputs, p.n - n));
+    after = run_tiles(part, pack_tiles(part, kernels_.plan(part), tiles, gate_tiles, after));
+  }
+  return after;
+}
+
+int Products::run_tiles(const Product& p, int after) {
+  const ProductPlan plan = kernels_.plan(p);
+  const int64_t groups = ceil_div(plan.panels, plan.task_panels);
+  // Enough tasks to share them evenly; few enough that a task's tiles reuse the panels in its
+  // cache.
+  const int64_t tile_groups = std::max<int64_t>(ceil_div(plan.tiles, plan.group), 1);
+  const int64_t wanted = std::max(ceil_div(int64_t{8} * threads_, groups), tile_groups / 4);
+  const int64_t parts = std::clamp<int64_t>(wanted, 1, tile_groups);
+  const auto run = [this, p, plan, groups, parts, tile_groups](int64_t t) {
+    const int64_t group = t / parts, part = t % parts;
+    ProductTask task;
+    task.tile_begin = tile_groups * part / parts * plan.group;
+    task.tile_end = std::min(tile_groups * (part + 1) / parts * plan.group, plan.tiles);
+    task.panel_begin = plan.panels * group / groups;
+    task.panel_end = plan.panels * (group + 1) / groups;
+    kernels_.run(p, task, scratch_buffer().floats(plan.scratch));
+  };
+  return schedule_.add(groups * parts, after, run);
+}
+
+int Products::multiply(Product p, int after) {
+  const int64_t rows = block_rows(p), blocks = ceil_div(p.m, rows);
+  const ProductPlan plan = kernels_.plan(rows_of(p, 0, rows));
+  float* panels[2] = {};
+  for (int64_t i = 0; i < std::min<int64_t>(blocks, 2); ++i) {
+    panels[i] = workspace_.floats(plan.panels * plan.packed_panel);
+  }
+  after = pack_weights(p, after);
+  // The next block is packed while this one is multiplied: its panels come before.
+  int packed[2] = {after, after}, done[2] = {after, after};
+  const auto pack = [&](int64_t block) {
+    const int at = block % 2;
+    Product part = rows_of(p, block * rows, std::min(rows, p.m - block * rows));
+    packed[at] = std::max(pack_panels(part, panels[at], done[at]), after);
+    return part;
+  };
+  Product next = pack(0);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const Product part = next;
+    if (block + 1 < blocks) next = pack(block + 1);
+    done[block % 2] = multiply_panels(part, packed[block % 2]);
+  }
+  return schedule_.last();
+}
+
+int Products::multiply_few(Product p, int after) {
+  const ProductPlan plan = kernels_.plan(p);
+  float* panels = workspace_.floats(plan.few_panels);
+  p.panels = panels;
+  after = schedule_.add(1, after, [this, p, panels](int64_t) { kernels_.pack_few(p, panels); });
+  // Whole lines of weights, where these lie across.
+  const int64_t least = by_rows(p) ? 16 : 256;
+  const int64_t part = std::max(ceil_div(p.n, int64_t{4} * threads_ * 16) * 16, least);
+  const auto run = [this, p, plan, part](int64_t t) {
+    kernels_.run_few(p, t * part, std::min(p.n, (t + 1) * part),
+                     scratch_buffer().floats(plan.few_scratch));
+  };
+  return schedule_.add(ceil_div(p.n, part), after, run);
+}
+
+void multiply_now(const Product& p, int threads) {
+  Products products(p.type, threads);
+  products.multiply(p);
+  products.run();
+}
+
+void bwd_columns_now(const LinearParams& p, const Matrix& dout, const Matrix& dz, void* db,
+                     int threads) {
+  const auto kernel = cpu_kernels().product[static_cast<int>(p.type)].bwd_columns;
+  const int64_t part = std::max<int64_t>(ceil_div(p.n, int64_t{4} * threads * 16) * 16, 64);
+  for_each(threads, ceil_div(p.n, part),
+           [&](int64_t t) { kernel(p, dout, dz, db, t * part, std::min(p.n, (t + 1) * part)); });
+}
+
+}  // namespace fastattn
