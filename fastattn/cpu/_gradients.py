@@ -11,8 +11,10 @@ def allocate(inputs: Sequence[Tensor | None], need: Sequence[bool]) -> tuple[Ten
     x = inputs[0]
     assert x is not None
     dx = x.new_empty(x.shape) if need[0] else None
+    # Kernels write what rows add up to; no rows add up to 0.
+    like = torch.empty_like if x.shape[0] else torch.zeros_like
     rest = zip(inputs[1:], need[1:], strict=True)
-    return dx, *(torch.empty_like(y) if y is not None and needed else None for y, needed in rest)
+    return dx, *(like(y) if y is not None and needed else None for y, needed in rest)
 
 
 def or_empty(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
