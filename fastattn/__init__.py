@@ -8,6 +8,9 @@ from fastattn.integrations.sdpa import scaled_dot_product_attention
 from fastattn.ops.attention import attention
 from fastattn.ops.attention_decode import attention_decode
 from fastattn.ops.attention_varlen import attention_varlen
+from fastattn.ops.layer_norm import layer_norm
+from fastattn.ops.rms_norm import rms_norm
+from fastattn.ops.rotary import rotary
 
 __all__ = [
     "accelerate",
@@ -15,7 +18,10 @@ __all__ = [
     "attention_decode",
     "attention_varlen",
     "explain",
+    "layer_norm",
     "nn",
+    "rms_norm",
+    "rotary",
     "scaled_dot_product_attention",
     "sdpa_override",
 ]
