@@ -4,6 +4,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -12,14 +14,24 @@ namespace fastattn {
 
 namespace {
 
+// As [M, N]: what is not is contiguous.
+Strided rows_of(const Tensor& x) {
+  Strided rows;
+  rows.data = x.data;
+  rows.stride[0] = x.ndim == 2 ? x.stride[0] : x.shape[std::max(x.ndim, 1) - 1];
+  rows.stride[1] = 1;
+  return rows;
+}
+
 // What a row is and what it is scaled by; both Calls begin with x and weight.
 NormParams start(PyObject* call) {
   const Tensor x = tensor_of(item(call, 0)), weight = tensor_of(item(call, 1));
   NormParams p = {};
-  p.rows = x.shape[0];
-  p.columns = x.shape[1];
+  p.rows = 1;
+  for (int i = 0; i < x.ndim - 1; ++i) p.rows *= x.shape[i];
+  p.columns = x.shape[x.ndim - 1];
   p.type = x.type;
-  p.x = x.strided();
+  p.x = rows_of(x);
   p.weight = weight.data;
   p.weight_type = weight.type;
   return p;
@@ -32,7 +44,7 @@ NormParams layer_params(PyObject* call) {
   p.centered = true;
   p.bias = bias.data;
   p.bias_type = bias.type;
-  p.residual = tensor_of(item(call, 3)).strided();
+  p.residual = rows_of(tensor_of(item(call, 3)));
   p.eps = real(item(call, 4));
   return p;
 }
@@ -40,7 +52,7 @@ NormParams layer_params(PyObject* call) {
 // A Call of fastattn/ops/rms_norm.py.
 NormParams rms_params(PyObject* call) {
   NormParams p = start(call);
-  p.residual = tensor_of(item(call, 2)).strided();
+  p.residual = rows_of(tensor_of(item(call, 2)));
   p.eps = real(item(call, 3));
   p.weight_offset = real(item(call, 4));
   return p;
@@ -66,8 +78,8 @@ template <Params params>
 void bwd(const py::tuple& call, const py::tuple& gradients, int threads) {
   NormParams p = params(call.ptr());
   const auto tensor = [&](int i) { return tensor_of(item(gradients.ptr(), i)); };
-  p.dout = tensor(0).strided();
-  p.dtotal = tensor(1).strided();
+  p.dout = rows_of(tensor(0));
+  p.dtotal = rows_of(tensor(1));
   p.mean = static_cast<float*>(tensor(2).data);
   p.rstd = static_cast<float*>(tensor(3).data);
   p.dx = tensor(4).data;

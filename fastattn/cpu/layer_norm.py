@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn.cpu._core import TYPE_CODES, core, missing
+from fastattn.cpu._rows import readable
 
 
 def unsupported(call: Any) -> str | None:
@@ -20,11 +21,11 @@ def unsupported(call: Any) -> str | None:
 def layer_norm_fwd(
     call: Any, for_backward: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """out [M, N], total [M, N] with a residual and, where a backward follows, mean and rstd [M]."""
+    """out like x, total with a residual and, where a backward follows, mean and rstd, one a row."""
     x, _, _, residual, _ = call
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = None if residual is None else torch.empty_like(out)
-    mean = torch.empty(x.shape[0], dtype=torch.float32) if for_backward else None
+    mean = torch.empty(x.shape[:-1], dtype=torch.float32) if for_backward else None
     rstd = None if mean is None else torch.empty_like(mean)
     core.layer_norm_fwd(call, out, total, mean, rstd, torch.get_num_threads())
     return out, total, mean, rstd
@@ -39,12 +40,10 @@ def layer_norm_bwd(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [M, N], dweight and dbias [N], empty where not needed. The call's x is what was normalised."""
+    """dx like x, dweight and dbias [N], empty where not needed. The call's x is what was normalised."""
     total, weight, bias, _, _ = call
-    dout = dout if dout.stride(1) == 1 else dout.contiguous()
-    if dtotal is not None and dtotal.stride(1) != 1:
-        dtotal = dtotal.contiguous()
-    dx = torch.empty(total.shape, dtype=total.dtype)
+    dout, dtotal = readable(dout), None if dtotal is None else readable(dtotal)
+    dx = torch.empty_like(total, memory_format=torch.contiguous_format)
     dweight = torch.empty_like(weight) if need_dweight else None
     dbias = torch.empty_like(bias) if need_dbias else None
     gradients = (dout, dtotal, mean, rstd, dx, dweight, dbias)

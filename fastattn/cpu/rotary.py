@@ -20,6 +20,6 @@ def unsupported(call: Any) -> str | None:
 def rotary_fwd(call: Any) -> Tensor:
     """out [B, S, H, D]; backward is the same with the call's `inverse` turned over."""
     x = call[0]
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     core.rotary_fwd(call, out, torch.get_num_threads())
     return out

@@ -1,57 +1,58 @@
-"""What layer_norm and rms_norm share: their checks, and the form [M, N] of rows of any rank."""
+"""What layer_norm and rms_norm share: their checks, and the form in which rows of any rank go down."""
 
 import math
-from typing import TypeGuard
 
+import torch
 from torch import Tensor
 
 from fastattn.ops._checks import TYPES, check_tensor
 
 Rows = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
+_MAX_RANK = 4  # of a tensor that the core reads
+
 
 def check_rows(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float
 ) -> Rows:
-    """Returns x [M, N], weight [N], bias [N] and residual [M, N], each with a last stride of 1.
+    """Returns x, weight [N], bias [N] and residual, each with a last stride of 1.
 
-    Good input passes one condition; the rest finds out what is wrong.
+    x and residual stay as they are where both are contiguous and have up to 4 dimensions; else they are
+    made [M, N]. Good input passes one condition; the rest finds out what is wrong.
     """
     if not (
         isinstance(x, Tensor)
-        and x.dtype in TYPES
-        and len(sizes := x.shape) > 0
-        and sizes[-1] > 0
-        and (weight is None or _is_parameter(weight, x))
-        and (bias is None or _is_parameter(bias, x))
-        and (residual is None or _is_alike(residual, x))
+        and (dtype := x.dtype) in TYPES
+        and (rank := x.ndim) > 0
+        and (columns := x.shape[-1]) > 0
+        and (weight is None or _is_parameter(weight, x, columns))
+        and (bias is None or _is_parameter(bias, x, columns))
+        and (
+            residual is None
+            or (
+                isinstance(residual, Tensor)
+                and residual.dtype is dtype
+                and residual.shape == x.shape
+                and residual.device == x.device
+            )
+        )
         and isinstance(eps, float | int)
         and 0.0 <= eps < math.inf
     ):
         raise _error(x, weight, bias, residual, eps)
-    return (
-        _rows(x),
-        None if weight is None else _dense(weight),
-        None if bias is None else _dense(bias),
-        None if residual is None else _rows(residual),
-    )
+    if rank > _MAX_RANK or not (x.is_contiguous() and (residual is None or residual.is_contiguous())):
+        x, residual = _rows(x), None if residual is None else _rows(residual)
+    weight = weight if weight is None or weight.is_contiguous() else weight.contiguous()
+    return x, weight, bias if bias is None or bias.is_contiguous() else bias.contiguous(), residual
 
 
-def _is_parameter(p: object, x: Tensor) -> TypeGuard[Tensor]:
+def _is_parameter(p: object, x: Tensor, columns: int) -> bool:
     return (
         isinstance(p, Tensor)
-        and p.shape == x.shape[-1:]
-        and (p.dtype is x.dtype or p.dtype is TYPES[0])
+        and p.ndim == 1
+        and p.shape[0] == columns
+        and (p.dtype is x.dtype or p.dtype is torch.float32)
         and p.device == x.device
-    )
-
-
-def _is_alike(residual: object, x: Tensor) -> TypeGuard[Tensor]:
-    return (
-        isinstance(residual, Tensor)
-        and residual.shape == x.shape
-        and residual.dtype is x.dtype
-        and residual.device == x.device
     )
 
 
@@ -62,20 +63,19 @@ def _error(x: Tensor, weight: object, bias: object, residual: object, eps: objec
     if x.ndim == 0 or x.shape[-1] == 0:
         return ValueError(f"x must have shape [..., N] with N at least 1, got {list(x.shape)}")
     for name, p in (("weight", weight), ("bias", bias)):
-        if p is not None and not _is_parameter(p, x):
-            return parameter_error(name, p, x)
-    if residual is not None and not _is_alike(residual, x):
-        return _residual_error(residual, x)
+        if p is not None and not _is_parameter(p, x, x.shape[-1]):
+            return _parameter_error(name, p, x)
     if not isinstance(eps, float | int):
         return TypeError(f"eps must be a number, got {type(eps).__name__}")
-    return ValueError(f"eps must be finite and at least 0, got {eps}")
+    if not 0.0 <= eps < math.inf:
+        return ValueError(f"eps must be finite and at least 0, got {eps}")
+    return _residual_error(residual, x)
 
 
-def parameter_error(name: str, p: object, x: Tensor) -> Exception:
-    """Why p is no [N] that goes with x."""
+def _parameter_error(name: str, p: object, x: Tensor) -> Exception:
     if not isinstance(p, Tensor):
         return TypeError(f"{name} must be a tensor, got {type(p).__name__}")
-    if p.dtype is not x.dtype and p.dtype is not TYPES[0]:
+    if p.dtype is not x.dtype and p.dtype is not torch.float32:
         return TypeError(f"{name} must be in x's type {x.dtype} or float32, got {p.dtype}")
     if p.device != x.device:
         return ValueError(f"{name} must be on x's device {x.device}, got {p.device}")
@@ -98,13 +98,11 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def _dense(p: Tensor) -> Tensor:
-    return p if p.stride(0) == 1 else p.contiguous()
-
-
-def shaped(x: Tensor, residual: Tensor | None, out: Tensor, total: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+def shaped(
+    x: Tensor, call_x: Tensor, residual: Tensor | None, out: Tensor, total: Tensor
+) -> Tensor | tuple[Tensor, Tensor]:
     """What the ops return: in x's shape, with the total where there was a residual."""
-    if x.ndim != 2:
+    if call_x.ndim != x.ndim:
         out = out.view(x.shape)
         total = total if residual is None else total.view(x.shape)
     return out if residual is None else (out, total)

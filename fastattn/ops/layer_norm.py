@@ -13,10 +13,10 @@ from fastattn.ops._norm import check_rows, shaped
 class Call(NamedTuple):
     """One checked call, in the order of the op's schema. Backends get this and nothing else."""
 
-    x: Tensor  # [M, N]
+    x: Tensor  # [..., N], contiguous, of rank 1 to 4; or [M, N], last stride 1
     weight: Tensor | None  # [N], in x's type or float32
     bias: Tensor | None  # [N], in x's type or float32
-    residual: Tensor | None  # [M, N]
+    residual: Tensor | None  # like x
     eps: float
 
 
@@ -70,7 +70,7 @@ def layer_norm(
     else:
         module = dispatch.choose("layer_norm", backend, x.device, call)
         out, total, _, _ = module.layer_norm_fwd(call, False)
-    return shaped(x, residual, out, total)
+    return shaped(x, call.x, residual, out, total)
 
 
 def _needs_gradient(call: Call) -> bool:
@@ -131,7 +131,7 @@ def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _fwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = Call(*args[:-1])
-    mean, rstd = (call.x.new_empty(call.x.shape[:1], dtype=torch.float32) for _ in range(2))
+    mean, rstd = (call.x.new_empty(call.x.shape[:-1], dtype=torch.float32) for _ in range(2))
     total = call.x.new_empty(0 if call.residual is None else call.x.shape)
     return call.x.new_empty(call.x.shape), total, mean, rstd
 

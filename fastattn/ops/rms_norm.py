@@ -14,9 +14,9 @@ from fastattn.ops._norm import check_rows, shaped
 class Call(NamedTuple):
     """One checked call, in the order of the op's schema. Backends get this and nothing else."""
 
-    x: Tensor  # [M, N]
+    x: Tensor  # [..., N], contiguous, of rank 1 to 4; or [M, N], last stride 1
     weight: Tensor | None  # [N], in x's type or float32
-    residual: Tensor | None  # [M, N]
+    residual: Tensor | None  # like x
     eps: float
     weight_offset: float  # 0 where there is no weight
 
@@ -72,7 +72,7 @@ def rms_norm(
     else:
         module = dispatch.choose("rms_norm", backend, x.device, call)
         out, total, _ = module.rms_norm_fwd(call, False)
-    return shaped(x, residual, out, total)
+    return shaped(x, call.x, residual, out, total)
 
 
 def _needs_gradient(call: Call) -> bool:
@@ -134,7 +134,7 @@ def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _fwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(*args[:-1])
     total = call.x.new_empty(0 if call.residual is None else call.x.shape)
-    rstd = call.x.new_empty(call.x.shape[:1], dtype=torch.float32)
+    rstd = call.x.new_empty(call.x.shape[:-1], dtype=torch.float32)
     return call.x.new_empty(call.x.shape), total, rstd
 
 
