@@ -6,6 +6,8 @@ void bind_attention(pybind11::module_& m);
 void bind_feed_forward(pybind11::module_& m);
 void bind_linear(pybind11::module_& m);
 void bind_machine(pybind11::module_& m);
+void bind_norm(pybind11::module_& m);
+void bind_rotary(pybind11::module_& m);
 void bind_tensor(pybind11::module_& m);
 }  // namespace fastattn
 
@@ -15,4 +17,6 @@ PYBIND11_MODULE(_C, m) {
   fastattn::bind_attention(m);
   fastattn::bind_feed_forward(m);
   fastattn::bind_linear(m);
+  fastattn::bind_norm(m);
+  fastattn::bind_rotary(m);
 }

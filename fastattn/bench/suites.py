@@ -10,8 +10,11 @@ from fastattn.testing.cases import (
     attention_varlen,
     feed_forward,
     gated_feed_forward,
+    layer_norm,
     linear,
     linear_cross_entropy,
+    rms_norm,
+    rotary,
 )
 from fastattn.testing.cases.case import Case
 
@@ -49,6 +52,11 @@ SUITES: dict[str, tuple[Suite, Suite]] = {
     "varlen": (Suite(attention_varlen.VARLEN, 3.0), Suite(attention_varlen.VARLEN_QUICK, 1.0)),
     "decode": (Suite(attention_decode.DECODE, 1.5), Suite(attention_decode.DECODE_QUICK, 0.8)),
     "ffn": (Suite(_FEED_FORWARD, 1.5), Suite(_FEED_FORWARD_QUICK, 0.8)),
+    "norm": (
+        Suite([*layer_norm.LAYER_NORM, *rms_norm.RMS_NORM], 1.5),
+        Suite([*layer_norm.LAYER_NORM_QUICK, *rms_norm.RMS_NORM_QUICK], 0.8),
+    ),
+    "rotary": (Suite(rotary.ROTARY, 1.5), Suite(rotary.ROTARY_QUICK, 0.8)),
     "sweep": (
         Suite([*attention.sweep(_LENGTHS), *attention_decode.sweep(_CONTEXTS)], 1.0, 3, 10.0),
         Suite([*attention.sweep(_LENGTHS[:4]), *attention_decode.sweep(_CONTEXTS[:5:2])], 0.3, 3, 3.0),
