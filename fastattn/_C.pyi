@@ -37,3 +37,35 @@ def attention_varlen_bwd(
     threads: int,
 ) -> None: ...
 def attention_decode(call: tuple[Any, ...], out: Tensor, lse: Tensor | None, threads: int) -> None: ...
+def linear_fwd(call: tuple[Any, ...], out: Tensor, z: Tensor | None, threads: int) -> None: ...
+def linear_bwd(
+    dout: Tensor,
+    z: Tensor | None,
+    call: tuple[Any, ...],
+    gradients: tuple[Tensor | None, ...],
+    threads: int,
+) -> None: ...
+def feed_forward_fwd(call: tuple[Any, ...], out: Tensor, z: Tensor | None, threads: int) -> None: ...
+def feed_forward_bwd(
+    dout: Tensor,
+    z: Tensor | None,
+    call: tuple[Any, ...],
+    gradients: tuple[Tensor | None, ...],
+    threads: int,
+) -> None: ...
+def gated_feed_forward_fwd(call: tuple[Any, ...], out: Tensor, z: Tensor | None, threads: int) -> None: ...
+def gated_feed_forward_bwd(
+    dout: Tensor,
+    z: Tensor | None,
+    call: tuple[Any, ...],
+    gradients: tuple[Tensor | None, ...],
+    threads: int,
+) -> None: ...
+def linear_cross_entropy_fwd(call: tuple[Any, ...], loss: Tensor, lse: Tensor, threads: int) -> None: ...
+def linear_cross_entropy_bwd(
+    dloss: Tensor,
+    lse: Tensor,
+    call: tuple[Any, ...],
+    gradients: tuple[Tensor | None, ...],
+    threads: int,
+) -> None: ...

@@ -8,6 +8,10 @@ from fastattn.integrations.sdpa import scaled_dot_product_attention
 from fastattn.ops.attention import attention
 from fastattn.ops.attention_decode import attention_decode
 from fastattn.ops.attention_varlen import attention_varlen
+from fastattn.ops.feed_forward import feed_forward
+from fastattn.ops.gated_feed_forward import gated_feed_forward
+from fastattn.ops.linear import linear
+from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
     "accelerate",
@@ -15,6 +19,10 @@ __all__ = [
     "attention_decode",
     "attention_varlen",
     "explain",
+    "feed_forward",
+    "gated_feed_forward",
+    "linear",
+    "linear_cross_entropy",
     "nn",
     "scaled_dot_product_attention",
     "sdpa_override",

@@ -126,8 +126,8 @@ def explain(op: Any, /, *args: Any, **kwargs: Any) -> Explanation:
     if not str(getattr(op, "__module__", "")).startswith("fastattn.ops."):
         raise TypeError(f"op must be an op such as fastattn.attention, got {op!r}")
     module = importlib.import_module(op.__module__)
-    kwargs.pop("backend", None)
-    kwargs.pop("return_lse", None)
+    for name_of_no_input in ("backend", "return_lse", "save_memory"):
+        kwargs.pop(name_of_no_input, None)
     call = module.check(*args, **kwargs)
     return verdicts(name, call[0].device, call)
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 
-def differentiable(function: type["AttentionFunction"], call: tuple[Any, ...], backend: str) -> Any:
+def differentiable(function: type[torch.autograd.Function], call: tuple[Any, ...], backend: str) -> Any:
     """Runs an op under its autograd.Function."""
     if torch.compiler.is_compiling():
         call = _distinct(call)
-    return function.apply(*call, backend)  # type: ignore[no-untyped-call]
+    return function.apply(*call, backend)
 
 
 def _distinct(call: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,0 +1,39 @@
+"""Launches the kernels of csrc/cpu for gated_feed_forward."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.cpu._core import TYPE_CODES, core, missing
+from fastattn.cpu._gradients import allocate, or_empty, with_unit_stride
+
+
+def unsupported(call: Any) -> str | None:
+    """Why these kernels refuse a call, or None."""
+    if core is None:
+        return missing
+    dtype = call[0].dtype
+    return None if dtype in TYPE_CODES else f"has no kernel for {dtype}"
+
+
+def gated_feed_forward_fwd(call: Any, save: bool = True) -> tuple[Tensor, Tensor | None]:
+    """out [M, N] and, where it is to be saved, gate and up side by side [M, 2 F]; both in x's type."""
+    x, w_down = call.x, call.w_down
+    out = x.new_empty(x.shape[0], w_down.shape[0])
+    z = x.new_empty(x.shape[0], 2 * w_down.shape[1]) if save else None
+    core.gated_feed_forward_fwd(call, out, z, torch.get_num_threads())
+    return out, z
+
+
+def gated_feed_forward_bwd(
+    dout: Tensor, z: Tensor | None, call: Any, need: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """The gradients of x, w_gate, w_up, w_down, b_gate, b_up and b_down, empty where they are not needed.
+
+    A weight's has the weight's strides. Without z it is computed again.
+    """
+    gradients = allocate(call[:7], need)
+    core.gated_feed_forward_bwd(with_unit_stride(dout), z, call, gradients, torch.get_num_threads())
+    return or_empty(gradients, dout)

@@ -1,0 +1,254 @@
+"""Three products, of which one gates another: contract, reference, op and gradient."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn import dispatch
+from fastattn.ops._activation import activate, check_activation
+from fastattn.ops._checks_linear import (
+    HIDDEN_PLANE,
+    OUTPUT_PLANE,
+    add_outside,
+    autocast_all,
+    check_bias,
+    check_dropout,
+    check_residual,
+    check_weight,
+    check_x,
+    drop,
+    has_subclass,
+    needs_gradient,
+    split_residual,
+)
+from fastattn.ops._gradient import differentiable
+from fastattn.ops._gradient_linear import empty_gradients, given, gradients, keep_for_backward, nothing
+
+
+class Call(NamedTuple):
+    """One checked call, in the order of the op's schema. Backends get this and nothing else."""
+
+    x: Tensor  # [M, K], last stride 1
+    w_gate: Tensor  # [F, K], one stride 1; [2 F, K] where w_up is None
+    w_up: Tensor | None  # [F, K], one stride 1
+    w_down: Tensor  # [N, F], one stride 1
+    b_gate: Tensor | None  # as long as w_gate has rows, contiguous
+    b_up: Tensor | None  # [F], contiguous
+    b_down: Tensor | None  # [N], contiguous
+    residual: Tensor | None  # [M, N], last stride 1
+    seed: Tensor | None  # int64 [], given when something is dropped
+    activation: str  # of _activation.py; "none" where there is none
+    dropout_p: float
+    hidden_dropout_p: float
+
+
+_INPUTS = 7  # the tensors of a Call that have a gradient by the op
+
+
+def gated_feed_forward(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor | None,
+    w_down: Tensor,
+    *,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str | None = "silu",
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    hidden_dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    save_memory: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """residual + dropout(hidden w_down^T + b_down), with the hidden numbers of SwiGLU and its kin.
+
+    hidden = dropout(activation(x w_gate^T + b_gate) * (x w_up^T + b_up)).
+
+    Shapes:
+        x [..., K], w_gate and w_up [F, K], w_down [N, F], b_gate and b_up [F], b_down [N], residual
+        [..., N] with as many rows as x -> out [..., N].
+        Where both lie in one tensor, w_gate is that tensor [2 F, K], the gate's rows first, and w_up is
+        None; then b_gate is [2 F] and b_up None.
+        Any strides. A weight is read where it lies if one of its strides is 1: a weight stored as [in, out]
+        goes in as `weight.t()`, uncopied, and its gradient has its strides.
+    Types:
+        All share one of float32, bfloat16, float16 (float64: reference only). Sums are in float32, the
+        hidden numbers in x's type. Under autocast x, weights and biases are cast to autocast's type; a
+        residual in another type is then added outside, in the wider of the two.
+    Args:
+        activation: of the gate: "silu" (SwiGLU), "gelu", "gelu_tanh" (GEGLU), "relu" (ReGLU), "relu2" (the
+            square of relu), "sigmoid" (GLU), "tanh", or None (bilinear).
+        residual: added to the result; differentiable.
+        dropout_p: share of the output's numbers set to 0 before the residual is added, in [0, 1); the
+            others grow by 1 / (1 - dropout_p).
+        hidden_dropout_p: the same for the hidden numbers, after the product of gate and up.
+        seed: of both dropouts, in [0, 2**63), an int or an int64 tensor of shape []; the same seed drops
+            the same positions on every backend. Default: drawn from torch's CPU generator.
+        save_memory: keep nothing of size F for the backward pass, which then computes gate and up
+            again.
+        backend: a backend's name, or "reference". Default: the first that supports the call.
+    Errors:
+        Against the reference in float64, at most twice PyTorch's in the same type (testing/compare.py).
+    Raises:
+        ValueError, TypeError: an argument is wrong; names it, what was given and what is allowed.
+        NotImplementedError: no backend takes the call; gives each one's reason.
+    Backends:
+        cpu (AVX-512-BF16, AVX-512, AVX2, generic); see `fastattn.explain`.
+    Source:
+        Shazeer 2020, arXiv:2002.05202.
+    """
+    if backend is None:
+        backend = dispatch.DEFAULT
+    outside = None
+    if torch._C._is_any_autocast_enabled():
+        x, w_gate, w_up, w_down = autocast_all(x, w_gate, w_up, w_down)
+        b_gate, b_up, b_down = autocast_all(b_gate, b_up, b_down)
+        residual, outside = split_residual(residual, x)
+    call = check(
+        x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, residual, dropout_p, hidden_dropout_p, seed
+    )  # fmt: skip
+    if backend == dispatch.REFERENCE:
+        out = gated_feed_forward_reference(call)
+    elif needs_gradient(call) or dispatch.in_forward_mode():
+        out, _ = differentiable(_GatedFeedForward, (*call, not save_memory), backend)
+    elif dispatch.must_trace() or has_subclass(call):
+        out, _ = _OP_FWD(*call, False, backend)
+    else:
+        module = dispatch.choose("gated_feed_forward", backend, call.x.device, call)
+        out, _ = module.gated_feed_forward_fwd(call, False)
+    out = out if x.ndim == 2 else out.view((*x.shape[:-1], out.shape[1]))
+    return add_outside(outside, out)
+
+
+def check(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor | None,
+    w_down: Tensor,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str | None = "silu",
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    hidden_dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Call:
+    """Raises on a bad argument of `gated_feed_forward`, or returns the call in its normal form."""
+    x = check_x(x)
+    w_gate, w_up, hidden = _check_gate_and_up(w_gate, w_up, x)
+    b_gate = check_bias("b_gate", b_gate, x, w_gate.shape[0])
+    if w_up is None and b_up is not None:
+        raise ValueError("b_up must be None where w_up is None: b_gate [2 F] then holds both")
+    b_up = check_bias("b_up", b_up, x, hidden)
+    w_down = check_weight("w_down", w_down, x, "[N, F]", hidden)
+    size = w_down.shape[0]
+    b_down = check_bias("b_down", b_down, x, size)
+    name = check_activation(activation)
+    residual = check_residual(residual, x, size)
+    checked_seed = check_dropout(seed, dropout_p=dropout_p, hidden_dropout_p=hidden_dropout_p)
+    return Call(
+        x, w_gate, w_up, w_down, b_gate, b_up, b_down, residual, checked_seed, name, dropout_p,
+        hidden_dropout_p,
+    )  # fmt: skip
+
+
+def _check_gate_and_up(w_gate: Tensor, w_up: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None, int]:
+    """The two weights, and how many hidden numbers they make."""
+    if w_up is None:
+        w_gate = check_weight("w_gate", w_gate, x, "[2 F, K]", x.shape[1])
+        if w_gate.shape[0] % 2:
+            raise ValueError(
+                "w_gate must have an even number of rows where w_up is None, gate and up, "
+                f"got {list(w_gate.shape)}"
+            )
+        return w_gate, None, w_gate.shape[0] // 2
+    w_gate = check_weight("w_gate", w_gate, x, "[F, K]", x.shape[1])
+    w_up = check_weight("w_up", w_up, x, "[F, K]", x.shape[1])
+    if w_up.shape != w_gate.shape:
+        raise ValueError(f"w_up must have w_gate's shape {list(w_gate.shape)}, got {list(w_up.shape)}")
+    return w_gate, w_up, w_gate.shape[0]
+
+
+def gated_feed_forward_reference(call: Call) -> Tensor:
+    """The definition, in plain PyTorch and the inputs' own type; differentiable."""
+    gate = F.linear(call.x, call.w_gate, call.b_gate)
+    if call.w_up is None:
+        gate, up = gate.chunk(2, dim=-1)
+    else:
+        up = F.linear(call.x, call.w_up, call.b_up)
+    hidden = activate(call.activation, gate) * up
+    hidden = drop(hidden, call.seed, call.hidden_dropout_p, HIDDEN_PLANE)
+    out = F.linear(hidden, call.w_down, call.b_down)
+    out = drop(out, call.seed, call.dropout_p, OUTPUT_PLANE)
+    return out if call.residual is None else call.residual + out
+
+
+_CALL_SCHEMA = (
+    "Tensor x, Tensor w_gate, Tensor? w_up, Tensor w_down, Tensor? b_gate, Tensor? b_up, Tensor? b_down, "
+    "Tensor? residual, Tensor? seed, str activation, float dropout_p, float hidden_dropout_p"
+)
+_LIB = torch.library.Library("fastattn", "FRAGMENT")
+# z is gate and up, side by side; empty where nobody keeps it, and backward computes it anew.
+_LIB.define(f"gated_feed_forward_fwd({_CALL_SCHEMA}, bool save, str backend) -> (Tensor out, Tensor z)")
+_LIB.define(
+    f"gated_feed_forward_bwd(Tensor dout, Tensor z, {_CALL_SCHEMA}, bool[] need, str backend) -> "
+    "(Tensor dx, Tensor dw_gate, Tensor dw_up, Tensor dw_down, Tensor db_gate, Tensor db_up, Tensor db_down)"
+)
+
+
+def _fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    *fields, save, backend = args
+    call = Call(*fields)
+    module = dispatch.choose("gated_feed_forward", backend, call.x.device, call)
+    out, z = module.gated_feed_forward_fwd(call, save)
+    return out, nothing(out) if z is None else z
+
+
+def _fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    *fields, save, _ = args
+    call = Call(*fields)
+    out = call.x.new_empty((call.x.shape[0], call.w_down.shape[0]))
+    return out, call.x.new_empty((call.x.shape[0], 2 * call.w_down.shape[1])) if save else nothing(out)
+
+
+def _bwd(*args: Any) -> tuple[Tensor, ...]:
+    dout, z, *fields, need, backend = args
+    call = Call(*fields)
+    module = dispatch.choose("gated_feed_forward", backend, call.x.device, call)
+    return module.gated_feed_forward_bwd(dout, given(z), call, tuple(need))  # type: ignore[no-any-return]
+
+
+def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
+    _, _, *fields, need, _ = args
+    return empty_gradients(fields[:_INPUTS], need)
+
+
+_LIB.impl("gated_feed_forward_fwd", _fwd, "CompositeExplicitAutograd")
+_LIB.impl("gated_feed_forward_bwd", _bwd, "CompositeExplicitAutograd")
+torch.library.register_fake("fastattn::gated_feed_forward_fwd", _fwd_fake, lib=_LIB)
+torch.library.register_fake("fastattn::gated_feed_forward_bwd", _bwd_fake, lib=_LIB)
+_OP_FWD = torch.ops.fastattn.gated_feed_forward_fwd.default
+_OP_BWD = torch.ops.fastattn.gated_feed_forward_bwd.default
+
+
+class _GatedFeedForward(torch.autograd.Function):
+    """Stands outside the op and is used only when a gradient is needed."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _OP_FWD(*args)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        keep_for_backward(ctx, inputs, output, _INPUTS)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients(ctx, _OP_BWD, dout)
