@@ -4,6 +4,8 @@
 namespace fastattn {
 void bind_attention(pybind11::module_& m);
 void bind_machine(pybind11::module_& m);
+void bind_norm(pybind11::module_& m);
+void bind_rotary(pybind11::module_& m);
 void bind_tensor(pybind11::module_& m);
 }  // namespace fastattn
 
@@ -11,4 +13,6 @@ PYBIND11_MODULE(_C, m) {
   fastattn::bind_machine(m);
   fastattn::bind_tensor(m);
   fastattn::bind_attention(m);
+  fastattn::bind_norm(m);
+  fastattn::bind_rotary(m);
 }

@@ -69,3 +69,22 @@ def linear_cross_entropy_bwd(
     gradients: tuple[Tensor | None, ...],
     threads: int,
 ) -> None: ...
+def layer_norm_fwd(
+    call: tuple[Any, ...],
+    out: Tensor,
+    total: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    threads: int,
+) -> None: ...
+def layer_norm_bwd(call: tuple[Any, ...], gradients: tuple[Tensor | None, ...], threads: int) -> None: ...
+def rms_norm_fwd(
+    call: tuple[Any, ...],
+    out: Tensor,
+    total: Tensor | None,
+    mean: None,
+    rstd: Tensor | None,
+    threads: int,
+) -> None: ...
+def rms_norm_bwd(call: tuple[Any, ...], gradients: tuple[Tensor | None, ...], threads: int) -> None: ...
+def rotary_fwd(call: tuple[Any, ...], out: Tensor, threads: int) -> None: ...

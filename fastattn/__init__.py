@@ -10,8 +10,11 @@ from fastattn.ops.attention_decode import attention_decode
 from fastattn.ops.attention_varlen import attention_varlen
 from fastattn.ops.feed_forward import feed_forward
 from fastattn.ops.gated_feed_forward import gated_feed_forward
+from fastattn.ops.layer_norm import layer_norm
 from fastattn.ops.linear import linear
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
+from fastattn.ops.rms_norm import rms_norm
+from fastattn.ops.rotary import rotary
 
 __all__ = [
     "accelerate",
@@ -21,9 +24,12 @@ __all__ = [
     "explain",
     "feed_forward",
     "gated_feed_forward",
+    "layer_norm",
     "linear",
     "linear_cross_entropy",
     "nn",
+    "rms_norm",
+    "rotary",
     "scaled_dot_product_attention",
     "sdpa_override",
 ]

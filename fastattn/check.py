@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fastattn import dispatch
+from fastattn import dispatch, layer_norm, rms_norm, rotary
 from fastattn.bench import console
 from fastattn.cpu._core import core, missing
 from fastattn.testing.check import (
@@ -27,6 +27,13 @@ from fastattn.testing.check import (
     packed_option_set,
 )
 from fastattn.testing.check_decode import DECODE_OPTION_SETS, check_decode, decode_inputs, decode_option_set
+from fastattn.testing.check_op import (
+    NORM_OPTION_SETS,
+    ROTARY_OPTION_SETS,
+    check_op,
+    norm_inputs,
+    rotary_inputs,
+)
 from fastattn.testing.inputs import packed_qkv, qkv
 
 Probe = Callable[..., None]  # takes `backend`; raises NotImplementedError where that refuses
@@ -100,11 +107,41 @@ def _decode(dtype: torch.dtype) -> Iterator[tuple[str, Probe]]:
         yield f"options: {option}", partial(run, ([150, 12, 33], 6, 3, 2, 40), {}, option)
 
 
+def _norm(op: Callable[..., Any], dtype: torch.dtype) -> Iterator[tuple[str, Probe]]:
+    def run(shape: tuple[int, ...], option: str, backend: str) -> None:
+        check_op(op, norm_inputs(op, option, *shape, dtype=dtype), backend=backend)
+
+    for columns in range(1, 80):  # every length of four vectors, and what is left
+        yield f"row of {columns}", partial(run, (3, columns), "everything")
+    for name, shape in {"many rows": (1031, 65), "long rows": (35, 4100), "no rows": (0, 8)}.items():
+        yield name, partial(run, shape, "everything")
+    for of, option in NORM_OPTION_SETS:
+        if of is op:
+            yield f"options: {option}", partial(run, (70, 100), option)
+
+
+def _rotary(dtype: torch.dtype) -> Iterator[tuple[str, Probe]]:
+    def run(head_dim: int, option: str, interleaved: bool, backend: str) -> None:
+        inputs = rotary_inputs(
+            option, 2, 9, 3, head_dim, rotary_dim=head_dim // 4 * 2 or 2, dtype=dtype, interleaved=interleaved
+        )
+        check_op(rotary, inputs, backend=backend)
+
+    for head_dim in range(2, 80):
+        yield f"head of {head_dim}", partial(run, head_dim, "tables", bool(head_dim % 2))
+    for option in ROTARY_OPTION_SETS:
+        yield f"options: {option}", partial(run, 64, option, False)
+        yield f"options: {option}, interleaved", partial(run, 64, option, True)
+
+
 # By op: its probes for one type. Every file of fastattn/ops has a line.
 PROBES: dict[str, Callable[[torch.dtype], Iterator[tuple[str, Probe]]]] = {
     "attention": _attention,
     "attention_varlen": _varlen,
     "attention_decode": _decode,
+    "layer_norm": partial(_norm, layer_norm),
+    "rms_norm": partial(_norm, rms_norm),
+    "rotary": _rotary,
 }
 
 

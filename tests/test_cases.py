@@ -6,17 +6,23 @@ from typing import Any
 import pytest
 import torch
 
-from fastattn.testing.cases import attention, attention_decode, attention_varlen
+from fastattn.testing.cases import attention, attention_decode, attention_varlen, rotary
 from fastattn.testing.cases.attention import AttentionCase
 from fastattn.testing.cases.attention_decode import DecodeCase
 from fastattn.testing.cases.attention_varlen import VarlenCase
 from fastattn.testing.cases.case import Case, bind_read, reason
+from fastattn.testing.cases.layer_norm import LayerNormCase
 from fastattn.testing.cases.peers import COMPILED, LABELS, OURS, Unavailable, label
+from fastattn.testing.cases.rms_norm import RMSNormCase
+from fastattn.testing.cases.rotary import RotaryCase
 
 FULL = AttentionCase(2, 3, 4, 4, 8)
 TRAINING = AttentionCase(1, 2, 8, 8, 8, causal=True, backward=True)
 PACKED = VarlenCase((3, 9, 1), 2, 8)
 CACHED = DecodeCase(2, 4, 2, 32, 8)
+LAYER_NORM = LayerNormCase(300, 8)
+RMS_NORM = RMSNormCase(5, 8)
+ROTARY = RotaryCase(2, 40, 3, 8)
 
 CASES = [
     FULL,
@@ -30,6 +36,13 @@ CASES = [
     CACHED,
     replace(CACHED, page_size=4, dtype="bf16"),
     replace(CACHED, dtype="int8"),
+    LAYER_NORM,
+    replace(LAYER_NORM, backward=True, dtype="bf16"),
+    RMS_NORM,
+    replace(RMS_NORM, backward=True),
+    ROTARY,
+    replace(ROTARY, backward=True, dtype="bf16"),
+    replace(ROTARY, interleaved=True),
 ]
 
 
@@ -79,9 +92,10 @@ def test_the_check_sees_every_output() -> None:
         TRAINING.check(broken, ["sdpa"])
 
 
-@pytest.mark.parametrize("case", [FULL, PACKED, CACHED], ids=lambda case: case.op)
+@pytest.mark.parametrize("case", [FULL, PACKED, CACHED, ROTARY], ids=lambda case: case.op)
 def test_what_is_wrong_is_caught(case: Case[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = {"attention": attention, "attention_varlen": attention_varlen}.get(case.op, attention_decode)
+    modules = (attention, attention_varlen, attention_decode, rotary)
+    module = next(module for module in modules if hasattr(module.op, case.op))
     right = getattr(module.op, case.op)
     monkeypatch.setattr(module.op, case.op, lambda *args, **kwargs: right(*args, **kwargs) + 0.01)
     with pytest.raises(AssertionError, match="out: error"):
@@ -95,12 +109,16 @@ def test_flops_count_visible_pairs() -> None:
     assert replace(PACKED, causal=False).flops == 4 * 2 * (9 + 81 + 1) * 8
     assert PACKED.flops == 4 * 2 * (6 + 45 + 1) * 8
     assert CACHED.flops == 4 * 2 * 4 * 32 * 8
+    assert replace(LAYER_NORM, backward=True).flops == 3 * LAYER_NORM.flops
 
 
 def test_bytes_count_each_tensor_once() -> None:
     assert AttentionCase(1, 2, 1, 100, 8, "bf16").bytes == 2 * 2 * 8 * (1 + 100 + 100 + 1)
     assert PACKED.bytes == 4 * 4 * 13 * 2 * 8
     assert replace(PACKED, backward=True).bytes == 2 * PACKED.bytes
+    for rows in (LAYER_NORM, RMS_NORM, ROTARY):
+        for case in (rows, replace(rows, dtype="bf16", backward=True)):
+            assert case.bytes == sum(t.numel() * t.element_size() for t in case.reads(case.make_inputs()))
     for case in (CACHED, replace(CACHED, dtype="int8"), replace(CACHED, page_size=4, dtype="bf16")):
         x = case.make_inputs()
         read = sum(t.numel() * t.element_size() for t in case.reads(x))

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "../attention.h"
+#include "../norm.h"
+#include "../rotary.h"
 
 namespace fastattn {
 
@@ -59,11 +61,42 @@ struct AttentionKernels {
   void (*rotate_q)(const AttentionParams&, const CacheUpdate&, int64_t b, int64_t i, void* q);
 };
 
+// What rows are multiplied by and what is added: [N] each.
+struct NormScale {
+  const float *weight, *bias;
+};
+
+// Sums [N] of blocks of rows, `step` floats apart.
+struct NormSums {
+  const float* sums;
+  int64_t blocks, step;
+};
+
+struct NormKernels {
+  // A weight or bias [N] as floats, plus an offset.
+  void (*load_parameter)(const void* from, Type type, int64_t n, float offset, float* to);
+  // Rows [begin, end); scratch holds a row. `stream`: past the caches.
+  void (*fwd)(const NormParams&, const NormScale&, bool stream, int64_t begin, int64_t end,
+              float* scratch);
+  // Rows [begin, end). Their share of dweight and, in layer_norm, dbias goes to sums, unless null.
+  void (*bwd)(const NormParams&, const NormScale&, bool stream, int64_t begin, int64_t end,
+              float* sums);
+  // Columns [begin, end) of dweight or dbias, in its type.
+  void (*store_gradient)(Type type, const NormSums&, int64_t begin, int64_t end, void* gradient);
+};
+
+struct RotaryKernels {
+  // Tokens [begin, end) of [B, S]; scratch holds 2 * rotary_dim floats. `stream`: past the caches.
+  void (*turn)(const RotaryParams&, bool stream, int64_t begin, int64_t end, float* scratch);
+};
+
 struct CpuKernels {
   const char* isa;
   AttentionKernels attention[kTypes];
   double (*fma_peak)(bool bf16, double seconds);  // GFLOP/s of the calling thread
   float (*read_all)(const float* p, int64_t n);   // their sum, at full speed
+  NormKernels norm[kTypes];
+  RotaryKernels rotary[kTypes];
 };
 
 // The most query rows of one KV head that fwd_few takes.

@@ -6,7 +6,9 @@
 #include "attention_few.inl.h"
 #include "attention_fwd.inl.h"
 #include "kernels.h"
+#include "norm.inl.h"
 #include "roof.inl.h"
+#include "rotary.inl.h"
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -63,7 +65,9 @@ constexpr CpuKernels kernels_of_tier = {
     FASTATTN_TEXT(FASTATTN_ISA),
     {attention_kernels<float>(), attention_kernels<BF16>(), attention_kernels<F16>()},
     fma_peak,
-    read_all};
+    read_all,
+    {norm_kernels<float>(), norm_kernels<BF16>(), norm_kernels<F16>()},
+    {rotary_kernels<float>(), rotary_kernels<BF16>(), rotary_kernels<F16>()}};
 const CpuKernels kernels = kernels_of_tier;
 
 }  // namespace fastattn::FASTATTN_ISA

@@ -71,6 +71,20 @@ inline void store(T* p, Vec x, int n) {
   store(lanes, x);
   std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
 }
+// As a store and a load would leave it.
+inline Vec rounded(Vec x, float) { return x; }
+template <class T>
+inline Vec rounded(Vec x, T) {
+  return from_halves(to_halves(x, T{}), T{});
+}
+// Stores past the caches, to where a vector is aligned; other threads see them after
+// finish_streams.
+inline void stream(float* p, Vec x) { _mm256_stream_ps(p, x); }
+template <class T>
+inline void stream(T* p, Vec x) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_halves(x, T{}));
+}
+inline void finish_streams() { _mm_sfence(); }
 
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 // The second operand where either is NaN.
@@ -98,6 +112,8 @@ inline Vec select_bytes(const uint8_t* bytes, int n, Vec yes, Vec no) {
   const __m256i off = _mm256_cmpeq_epi32(_mm256_cvtepu8_epi32(x), _mm256_setzero_si256());
   return _mm256_blendv_ps(yes, no, _mm256_castsi256_ps(off));
 }
+// Lane 2 i changes places with lane 2 i + 1.
+inline Vec swap_neighbours(Vec x) { return _mm256_permute_ps(x, 0xB1); }
 inline float sum(Vec x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));

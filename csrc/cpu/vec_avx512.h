@@ -77,6 +77,20 @@ template <class T>
 inline void store(T* p, Vec x, int n) {
   _mm256_mask_storeu_epi16(p, first(n), to_halves(x, T{}));
 }
+// As a store and a load would leave it.
+inline Vec rounded(Vec x, float) { return x; }
+inline Vec rounded(Vec x, F16) { return _mm512_cvtph_ps(to_halves(x, F16{})); }
+inline Vec rounded(Vec x, BF16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(to_halves(x, BF16{})), 16));
+}
+// Stores past the caches, to where a vector is aligned; other threads see them after
+// finish_streams.
+inline void stream(float* p, Vec x) { _mm512_stream_ps(p, x); }
+template <class T>
+inline void stream(T* p, Vec x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_halves(x, T{}));
+}
+inline void finish_streams() { _mm_sfence(); }
 
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 // The second operand where either is NaN.
@@ -98,6 +112,8 @@ inline Vec select_bytes(const uint8_t* bytes, int n, Vec yes, Vec no) {
   const __m128i x = _mm_maskz_loadu_epi8(first(n), bytes);
   return _mm512_mask_blend_ps(_mm_test_epi8_mask(x, x), no, yes);
 }
+// Lane 2 i changes places with lane 2 i + 1.
+inline Vec swap_neighbours(Vec x) { return _mm512_permute_ps(x, 0xB1); }
 inline float sum(Vec x) { return _mm512_reduce_add_ps(x); }
 inline float largest(Vec x) { return _mm512_reduce_max_ps(x); }
 

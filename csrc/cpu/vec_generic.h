@@ -81,6 +81,20 @@ template <class T>
 inline void store(T* p, Vec x) {
   store(p, x, kWidth);
 }
+// As a store and a load would leave it.
+inline Vec rounded(Vec x, float) { return x; }
+template <class T>
+inline Vec rounded(Vec x, T) {
+  T halves[kWidth];
+  store(halves, x);
+  return load(halves);
+}
+// There is no way past the caches here.
+template <class T>
+inline void stream(T* p, Vec x) {
+  store(p, x);
+}
+inline void finish_streams() {}
 
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 // The second operand where either is NaN.
@@ -112,6 +126,8 @@ inline Vec select_bytes(const uint8_t* bytes, int n, Vec yes, Vec no) {
   for (int i = 0; i < n; ++i) x[i] = bytes[i] ? yes[i] : no[i];
   return x;
 }
+// Lane 2 i changes places with lane 2 i + 1.
+inline Vec swap_neighbours(Vec x) { return Vec{x[1], x[0], x[3], x[2]}; }
 inline float sum(Vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 inline float largest(Vec x) {
   const float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastattn.testing.cases import attention, attention_decode, attention_varlen
+from fastattn.testing.cases import attention, attention_decode, attention_varlen, layer_norm, rms_norm, rotary
 from fastattn.testing.cases.case import Case
 
 
@@ -27,6 +27,11 @@ SUITES: dict[str, tuple[Suite, Suite]] = {
     "attention": (Suite(attention.ATTENTION, 1.5), Suite(attention.ATTENTION_QUICK, 0.8)),
     "varlen": (Suite(attention_varlen.VARLEN, 3.0), Suite(attention_varlen.VARLEN_QUICK, 1.0)),
     "decode": (Suite(attention_decode.DECODE, 1.5), Suite(attention_decode.DECODE_QUICK, 0.8)),
+    "norm": (
+        Suite([*layer_norm.LAYER_NORM, *rms_norm.RMS_NORM], 1.5),
+        Suite([*layer_norm.LAYER_NORM_QUICK, *rms_norm.RMS_NORM_QUICK], 0.8),
+    ),
+    "rotary": (Suite(rotary.ROTARY, 1.5), Suite(rotary.ROTARY_QUICK, 0.8)),
     "sweep": (
         Suite([*attention.sweep(_LENGTHS), *attention_decode.sweep(_CONTEXTS)], 1.0, 3, 10.0),
         Suite([*attention.sweep(_LENGTHS[:4]), *attention_decode.sweep(_CONTEXTS[:5:2])], 0.3, 3, 3.0),

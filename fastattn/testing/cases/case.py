@@ -17,7 +17,7 @@ from fastattn.testing.cases.peers import COMPILED, Unavailable
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESULTS = ("out", "dq", "dk", "dv")
 
-Result = tuple[Tensor, ...]  # out, then dq, dk, dv where the case has a backward
+Result = tuple[Tensor, ...]  # `Case.results`, the gradients where the case has a backward
 Inputs = TypeVar("Inputs")
 
 
@@ -55,6 +55,7 @@ class Case(ABC, Generic[Inputs]):
     """One call to time. A file of cases derives a frozen dataclass from it and lists its shapes."""
 
     op: ClassVar[str]
+    results: ClassVar[tuple[str, ...]] = RESULTS  # what a result consists of
     dtype: str  # of the inputs, as it is shown: fp32, bf16, fp16, int8
     curve: Curve | None
 
@@ -144,7 +145,7 @@ class Case(ABC, Generic[Inputs]):
                 start = time.perf_counter()
                 raw = call.run()
                 found.seconds[peer] = time.perf_counter() - start
-                found.errors[peer] = _error(call.result(raw), parts, must_hold=peer == peers[0])
+                found.errors[peer] = _error(self, call.result(raw), parts, must_hold=peer == peers[0])
             except Exception as error:
                 if peer == peers[0]:
                     raise
@@ -152,14 +153,16 @@ class Case(ABC, Generic[Inputs]):
         return found
 
 
-def _error(result: Result, parts: Sequence[tuple[Part, Result, Result]], must_hold: bool) -> float:
+def _error(
+    case: Case[Any], result: Result, parts: Sequence[tuple[Part, Result, Result]], must_hold: bool
+) -> float:
     """The largest error of a result over all parts."""
-    for name, tensor in zip(RESULTS, result, strict=False):
+    for name, tensor in zip(case.results, result, strict=False):
         if not tensor.isfinite().all():
             raise AssertionError(f"{name} has values that are not finite")
     largest = 0.0
     for part, truth, base in parts:
-        for name, got, b, t in zip(RESULTS, part.of(result), base, truth, strict=False):
+        for name, got, b, t in zip(case.results, part.of(result), base, truth, strict=False):
             if must_hold:
                 compare.assert_close(got, b, t, name)
             largest = max(largest, compare.errors(got, b, t).ours)
