@@ -169,7 +169,7 @@ def compare(
 
 def _served(report: Report) -> str:
     """The report's last line, and the layers that fastattn did not serve or not always."""
-    noted = [f"{layer.name}: {layer.note}" for layer in report if layer.note]
+    noted = [f"{layer.name}: {layer.note}" for layer in report if layer.note and layer.part != "loss"]
     return "; ".join([str(report).splitlines()[-1], *noted])
 
 

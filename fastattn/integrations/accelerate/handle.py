@@ -12,6 +12,7 @@ from fastattn.integrations.accelerate.attention import (
     is_switched,
     switch_interface,
 )
+from fastattn.integrations.accelerate.replacement import Layer
 from fastattn.integrations.accelerate.report import LayerReport, Report
 from fastattn.integrations.accelerate.sdpa_layers import LayerOverride, wrap_path
 from fastattn.nn.multihead_attention import MultiheadAttention
@@ -20,22 +21,38 @@ from fastattn.nn.multihead_attention import MultiheadAttention
 class Handle:
     """What `accelerate` did to one model. As a context manager it removes that at the end."""
 
-    def __init__(self, model: nn.Module, layers: list[AttentionLayer]) -> None:
+    def __init__(self, model: nn.Module, attention: list[AttentionLayer], layers: list[Layer]) -> None:
         self._model = model
+        self._attention = attention
         self._layers = layers
         self._override = LayerOverride()
         self._undo: list[Callable[[], None]] = []
-        self._counts_before = {layer.name: interface_calls(layer) for layer in layers}
+        self._counts_before = {layer.name: interface_calls(layer) for layer in attention}
         try:
-            if any(layer.way == "interface" and layer.chosen for layer in layers):
-                self._undo.append(switch_interface(model, layers))
-            for layer in layers:
-                if layer.way == "sdpa" and layer.chosen:
-                    wrap_path(model, layer.name, self._override, self._undo)
+            self._install()
         except BaseException:
             self.remove()
             raise
         accelerated.add(model)
+
+    def _install(self) -> None:
+        if any(layer.way == "interface" and layer.chosen for layer in self._attention):
+            self._undo.append(switch_interface(self._model, self._attention))
+        # The loss last: it goes around the linear layer that makes the logits.
+        for layer in sorted(self._layers, key=lambda layer: layer.part == "loss"):
+            if layer.replace is not None:
+                self._undo.append(layer.replace(layer))
+        for attention in self._attention:
+            if attention.way == "sdpa" and attention.chosen:
+                wrap_path(self._model, attention.name, self._override, self._undo)
+        for name, module in self._model.named_modules():
+            if isinstance(module, nn.TransformerEncoderLayer) and self._serves_inside(module):
+                # Inside the override torch's fast path is off, which would call none of its parts.
+                wrap_path(self._model, name, self._override, self._undo, is_layer=False)
+
+    def _serves_inside(self, module: nn.Module) -> bool:
+        parts = set(module.modules())
+        return any(layer.active and layer.module in parts for layer in self._layers)
 
     def __enter__(self) -> "Handle":
         return self
@@ -58,9 +75,12 @@ class Handle:
 
     def report(self) -> Report:
         """Layer by layer: whether fastattn serves it, why not, and how many calls it served."""
-        return Report(self._report(layer) for layer in self._layers)
+        place = {name: place for place, (name, _) in enumerate(self._model.named_modules())}
+        rows = [self._attention_report(layer) for layer in self._attention]
+        rows += [layer.report() for layer in self._layers]
+        return Report(sorted(rows, key=lambda row: place.get(row.name, len(place))))
 
-    def _report(self, layer: AttentionLayer) -> LayerReport:
+    def _attention_report(self, layer: AttentionLayer) -> LayerReport:
         calls = self._override.served[layer.name]
         if layer.way == "interface":
             calls = interface_calls(layer) - self._counts_before[layer.name]
@@ -78,7 +98,8 @@ class Handle:
         served = not note
         if served and layer.way == "sdpa":
             note = self._override.note(layer.name)
-        return LayerReport(layer.name, type(layer.module).__name__, served, calls, note)
+        ops = "attention" if served else ""
+        return LayerReport(layer.name, "attention", type(layer.module).__name__, ops, calls, note)
 
 
 # Roots that are accelerated now.

@@ -50,7 +50,13 @@ class _Wrap(NamedTuple):
 wrapped: weakref.WeakKeyDictionary[nn.Module, _Wrap] = weakref.WeakKeyDictionary()
 
 
-def wrap_path(model: nn.Module, name: str, override: LayerOverride, undo: list[Callable[[], None]]) -> None:
+def wrap_path(
+    model: nn.Module,
+    name: str,
+    override: LayerOverride,
+    undo: list[Callable[[], None]],
+    is_layer: bool = True,
+) -> None:
     """Wraps a layer and all modules that contain it; adds to `undo` what takes that back.
 
     So the override is on wherever the model is entered. The layer alone would not do: torch.nn's
@@ -59,7 +65,7 @@ def wrap_path(model: nn.Module, name: str, override: LayerOverride, undo: list[C
     path = name.split(".") if name else []
     for depth in range(len(path) + 1):
         module = model.get_submodule(".".join(path[:depth]))
-        layer = name if depth == len(path) else None
+        layer = name if is_layer and depth == len(path) else None
         if module not in wrapped:
             wrapped[module] = _Wrap(override, layer, module.__dict__.get("forward"))
             undo.append(partial(_unwrap, module))
