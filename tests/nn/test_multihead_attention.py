@@ -342,7 +342,7 @@ class TestInTransformers:
     def test_accelerate_leaves_it_alone(self) -> None:
         both = nn.ModuleList(self.layers()[:2])
         with accelerate(both) as handle:
-            ours, theirs = handle.report()
+            ours, theirs = handle.report().of("attention")
         assert (ours.served, ours.note) == (False, "is fastattn's own")
         assert theirs.served
 
