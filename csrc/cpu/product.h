@@ -18,6 +18,8 @@ struct Finish {
   Activation activation = Activation::kNone;
   Dropout dropout;
   Matrix residual;          // [m, n], is added
+  Matrix sums;              // float [m, n], are added
+  Matrix to_sums;           // float [m, n], in place of out; last strides of both are 1
   Matrix out;               // [m, n]; either stride is 1
   float* panels = nullptr;  // or the result becomes panels, whose terms are all outputs
 };
@@ -30,6 +32,21 @@ struct Slope {
   Dropout dropout;
   bool gated = false;
   Matrix hidden;  // [m, n]: the hidden values, made again; null: not wanted
+};
+
+// Outputs are classes, and what is wanted of them is each token's loss or the logits' gradient.
+// target null: no such step.
+struct ClassLoss {
+  const int64_t* target = nullptr;      // [tokens]
+  const float* class_weight = nullptr;  // [classes]; null: 1
+  float softcap = 0.0f;                 // 0: none
+  // Forward: what is known of a token from the classes of one part, [parts][kStates][stride].
+  enum { kLargest, kSum, kTarget, kWeighted, kStates };
+  float* states = nullptr;
+  int64_t part_rows = 0, stride = 0;
+  // Backward, by token: dlogit = by_share softmax - by_target [class is target] - by_weight weight.
+  const float *lse = nullptr, *lse_rest = nullptr;
+  const float *by_share = nullptr, *by_target = nullptr, *by_weight = nullptr;
 };
 
 struct Product {
@@ -45,7 +62,8 @@ struct Product {
   const float* gate_tiles = nullptr;
   const float* panels = nullptr;  // b, packed
   Finish finish;
-  Slope slope;  // its result goes to finish.out, [m, n] (gated: [m, 2 outputs], gates first)
+  ClassLoss loss;  // its gradient goes to finish.out
+  Slope slope;     // its result goes to finish.out, [m, n] (gated: [m, 2 outputs], gates first)
 };
 
 // Tiles [tile_begin, tile_end) by panels [panel_begin, panel_end).

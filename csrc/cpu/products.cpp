@@ -64,6 +64,8 @@ Product rows_of(const Product& p, int64_t begin, int64_t count) {
   part.b = p.b.from_row(begin, p.type);
   part.finish.pre = p.finish.pre.from_row(begin, p.type);
   part.finish.residual = p.finish.residual.from_row(begin, p.type);
+  part.finish.sums = p.finish.sums.from_row(begin, Type::kFloat32);
+  part.finish.to_sums = p.finish.to_sums.from_row(begin, Type::kFloat32);
   part.finish.out = p.finish.out.from_row(begin, p.type);
   part.slope.pre = p.slope.pre.from_row(begin, p.type);
   part.slope.hidden = p.slope.hidden.from_row(begin, p.type);
@@ -80,6 +82,8 @@ Product outputs_of(const Product& p, int64_t begin, int64_t count) {
   part.finish.gate_bias = moved(p.finish.gate_bias, begin, p.type);
   part.finish.pre = p.finish.pre.from_column(begin, p.type);
   part.finish.residual = p.finish.residual.from_column(begin, p.type);
+  part.finish.sums = p.finish.sums.from_column(begin, Type::kFloat32);
+  part.finish.to_sums = p.finish.to_sums.from_column(begin, Type::kFloat32);
   part.finish.out = p.finish.out.from_column(begin, p.type);
   part.slope.pre = p.slope.pre.from_column(begin, p.type);
   part.slope.hidden = p.slope.hidden.from_column(begin, p.type);
@@ -154,7 +158,8 @@ int Products::pack_weights(Product& p, int after) {
 int Products::multiply_panels(const Product& p, int after) {
   if (p.tiles || by_rows(p)) return run_tiles(p, after);
   const ProductPlan plan = kernels_.plan(p);
-  const int64_t count = std::max<int64_t>(kBlock / plan.packed_tile / plan.group, 1) * plan.group;
+  const int64_t whole = kPartGroups * plan.group;
+  const int64_t count = std::max<int64_t>(kBlock / plan.packed_tile / whole, 1) * whole;
   const int64_t floats = count * plan.packed_tile, outputs = count * plan.tile_rows;
   float* tiles = workspace_.floats(floats);
   float* gate_tiles = p.gate.data ? workspace_.floats(floats) : nullptr;
@@ -172,12 +177,19 @@ int Products::run_tiles(const Product& p, int after) {
   // cache.
   const int64_t tile_groups = ceil_div(plan.tiles, plan.group);
   const int64_t wanted = std::max(ceil_div(int64_t{8} * threads_, groups), tile_groups / 4);
-  const int64_t parts = std::clamp<int64_t>(wanted, 1, tile_groups);
-  const auto run = [this, p, plan, groups, parts, tile_groups](int64_t t) {
+  int64_t parts = std::clamp<int64_t>(wanted, 1, tile_groups);
+  // Nobody else adds to what a part knows of the classes.
+  const int64_t part_rows = p.loss.part_rows;
+  if (p.loss.states) parts = ceil_div(p.n, part_rows);
+  const auto run = [this, p, plan, groups, parts, tile_groups, part_rows](int64_t t) {
     const int64_t group = t / parts, part = t % parts;
     ProductTask task;
     task.tile_begin = tile_groups * part / parts * plan.group;
     task.tile_end = std::min(tile_groups * (part + 1) / parts * plan.group, plan.tiles);
+    if (part_rows) {
+      task.tile_begin = part * part_rows / plan.tile_rows;
+      task.tile_end = std::min((part + 1) * part_rows / plan.tile_rows, plan.tiles);
+    }
     task.panel_begin = plan.panels * group / groups;
     task.panel_end = plan.panels * (group + 1) / groups;
     kernels_.run(p, task, scratch_buffer().floats(plan.scratch));

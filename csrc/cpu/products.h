@@ -6,6 +6,9 @@
 
 namespace fastattn {
 
+// Groups of tiles that are one part of ClassLoss. Where outputs are cut, it is between parts.
+constexpr int64_t kPartGroups = 16;
+
 // Buffers by the calling thread, kept for its next call up to a limit. Workspaces nest.
 class Workspace {
  public:

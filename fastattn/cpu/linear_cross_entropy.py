@@ -18,9 +18,9 @@ def unsupported(call: Any) -> str | None:
 
 
 def linear_cross_entropy_fwd(call: Any) -> tuple[Tensor, Tensor]:
-    """The loss of each token, before the reduction, and its lse; float32 [M] both."""
+    """[M]: the loss of each token, before the reduction, in float32, and its lse in float64."""
     loss = torch.empty(call.x.shape[0], dtype=torch.float32)
-    lse = torch.empty_like(loss)
+    lse = torch.empty_like(loss, dtype=torch.float64)
     core.linear_cross_entropy_fwd(call, loss, lse, torch.get_num_threads())
     return loss, lse
 

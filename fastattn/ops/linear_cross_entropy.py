@@ -225,6 +225,7 @@ _CALL_SCHEMA = (
     "float label_smoothing, float z_loss, float softcap"
 )
 _LIB = torch.library.Library("fastattn", "FRAGMENT")
+# lse is in float64: backward makes the softmax again, and a rounding error would be on all of it.
 _LIB.define(f"linear_cross_entropy_fwd({_CALL_SCHEMA}, str backend) -> (Tensor loss, Tensor lse)")
 _LIB.define(
     f"linear_cross_entropy_bwd(Tensor dloss, Tensor lse, {_CALL_SCHEMA}, bool[] need, str backend) "
@@ -243,7 +244,7 @@ def _fwd(*args: Any) -> tuple[Tensor, Tensor]:
 def _fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
     x = args[0]
     loss = x.new_empty((x.shape[0],), dtype=torch.float32)
-    return loss, torch.empty_like(loss)
+    return loss, torch.empty_like(loss, dtype=torch.float64)
 
 
 def _bwd(*args: Any) -> tuple[Tensor, ...]:
