@@ -27,10 +27,32 @@ constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// What a tile asks memory for while it works: nothing.
+struct NothingAhead {
+  void step() {}
+};
+
+// A line for each step, of `rows` rows in turn: what the next tile will be made of.
+struct RowsAhead {
+  const char* at;
+  int64_t stride;  // in bytes
+  int64_t rows;
+  int64_t row = 0;
+
+  void step() {
+    __builtin_prefetch(at, 0, 2);
+    at += stride;
+    if (++row == rows) {
+      at += 64 - rows * stride;
+      row = 0;
+    }
+  }
+};
+
 // One register tile: kRows x (kVecs * kWidth) sums.
-template <class Math, int kRows, int kVecs, int kRowStride>
+template <class Math, int kRows, int kVecs, int kRowStride, class Ahead>
 void gemm_tile(int64_t kk, const float* a, int64_t a_step, const float* b, int64_t b_step, float* c,
-               int64_t c_stride, bool accumulate) {
+               int64_t c_stride, bool accumulate, Ahead ahead) {
   Vec sums[kRows][kVecs];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -52,6 +74,7 @@ void gemm_tile(int64_t kk, const float* a, int64_t a_step, const float* b, int64
     }
     a += a_step;
     b += b_step;
+    ahead.step();
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -60,12 +83,14 @@ void gemm_tile(int64_t kk, const float* a, int64_t a_step, const float* b, int64
   }
 }
 
+template <class Ahead>
 using GemmTile = void (*)(int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t,
-                          bool);
+                          bool, Ahead);
 
-template <class Math, int kVecs, int kRowStride, size_t... kRows>
-GemmTile gemm_tile_of(int rows, std::index_sequence<kRows...>) {
-  static constexpr GemmTile tiles[] = {gemm_tile<Math, int(kRows) + 1, kVecs, kRowStride>...};
+template <class Math, int kVecs, int kRowStride, class Ahead, size_t... kRows>
+GemmTile<Ahead> gemm_tile_of(int rows, std::index_sequence<kRows...>) {
+  static constexpr GemmTile<Ahead> tiles[] = {
+      gemm_tile<Math, int(kRows) + 1, kVecs, kRowStride, Ahead>...};
   return tiles[rows - 1];
 }
 
@@ -76,19 +101,19 @@ struct Panels {
 };
 
 // A tile's rows (m <= kMaxTileRows) against n columns; C is written up to n rounded to kWidth.
-template <class Math, int kRowStride>
+template <class Math, int kRowStride, class Ahead = NothingAhead>
 void gemm_rows(int64_t m, int64_t n, int64_t kk, const float* a, int64_t a_step, Panels b, float* c,
-               int64_t c_stride, bool accumulate) {
+               int64_t c_stride, bool accumulate, Ahead ahead = {}) {
   constexpr auto kRows = std::make_index_sequence<kMaxTileRows>{};
-  const GemmTile wide = gemm_tile_of<Math, 2, kRowStride>(static_cast<int>(m), kRows);
+  const auto wide = gemm_tile_of<Math, 2, kRowStride, Ahead>(static_cast<int>(m), kRows);
   int64_t column = 0;
   for (; column + kWidth < n; column += kPanel) {
-    wide(kk, a, a_step, b.data, b.step, c + column, c_stride, accumulate);
+    wide(kk, a, a_step, b.data, b.step, c + column, c_stride, accumulate, ahead);
     b.data += b.panel;
   }
   if (column < n) {
-    gemm_tile_of<Math, 1, kRowStride>(static_cast<int>(m), kRows)(kk, a, a_step, b.data, b.step,
-                                                                  c + column, c_stride, accumulate);
+    const auto narrow = gemm_tile_of<Math, 1, kRowStride, Ahead>(static_cast<int>(m), kRows);
+    narrow(kk, a, a_step, b.data, b.step, c + column, c_stride, accumulate, ahead);
   }
 }
 

@@ -243,26 +243,40 @@ struct Tiles {
   int64_t stride(const ProductSizes<T>& size) const {
     return packed ? size.chunks * size.packed_chunk : size.packed_chunk;
   }
+  // Row i of a at what is copied after chunk c of a group; null: nothing is.
+  const char* next(const Product& p, const ProductSizes<T>& size, int64_t i, int64_t c) const {
+    const bool same_rows = c + 1 < size.chunks;
+    const int64_t row = same_rows ? i : i + kGroup * size.rows;
+    if (packed || row >= p.n) return nullptr;
+    const int64_t k = same_rows ? size.first_step(c + 1) * size.kStep : 0;
+    return reinterpret_cast<const char*>(static_cast<const T*>(a->data) + row * a->row_stride + k);
+  }
 };
 
-// Adds the terms of one chunk to a group's sums, or begins with them.
-template <class Math>
-void add_chunk(const Place& at, int64_t rows, bool tiles_by_rows, int64_t steps, const float* a,
-               int64_t a_stride, const float* panel, float* sums, bool accumulate) {
-  const Panels b = {panel, kPanel, 0};
-  for (int64_t i = 0; i < at.h; i += rows, a += a_stride, sums += rows * kPanel) {
+// Adds the terms of one chunk to a group's sums, or begins with them. `last`: of the task's panels,
+// during which it asks for the tiles that come next.
+template <class T>
+void add_chunk(const Product& p, const ProductSizes<T>& size, const Tiles<T>& tiles,
+               const Place& at, int64_t c, bool last, const float* a, float* sums) {
+  using Math = typename MathOf<T>::type;
+  const int64_t panel = at.j / kPanel, steps = size.steps_of(c), rows = size.rows;
+  const Panels b = {p.panels + panel * size.panel_floats() + size.first_step(c) * kPanel, kPanel,
+                    0};
+  for (int64_t i = 0; i < at.h; i += rows, a += tiles.stride(size), sums += rows * kPanel) {
     const int64_t h = smaller(rows, at.h - i);
-    if (tiles_by_rows) {
-      gemm_rows<Math, kChunkStride>(h, at.lanes, steps, a, 1, b, sums, kPanel, accumulate);
+    if (!by_rows(*tiles.a)) {
+      gemm_rows<Math, 1>(h, at.lanes, steps, a, kTileLanes, b, sums, kPanel, c > 0);
+    } else if (const char* next = last ? tiles.next(p, size, at.i + i, c) : nullptr) {
+      const RowsAhead ahead = {next, tiles.a->row_stride * int64_t{sizeof(T)}, h};
+      gemm_rows<Math, kChunkStride>(h, at.lanes, steps, a, 1, b, sums, kPanel, c > 0, ahead);
     } else {
-      gemm_rows<Math, 1>(h, at.lanes, steps, a, kTileLanes, b, sums, kPanel, accumulate);
+      gemm_rows<Math, kChunkStride>(h, at.lanes, steps, a, 1, b, sums, kPanel, c > 0);
     }
   }
 }
 
 template <class T>
 void product_run(const Product& p, const ProductTask& task, float* scratch) {
-  using Math = typename MathOf<T>::type;
   const ProductSizes<T> size(p);
   const int factors = p.gate.data ? 2 : 1;
   const Tiles<T> tiles[2] = {{&p.a, p.tiles, scratch},
@@ -280,10 +294,8 @@ void product_run(const Product& p, const ProductTask& task, float* scratch) {
         const int64_t slot = size.chunks > 1 ? panel - task.panel_begin : 0;
         float* sums = all_sums + slot * 2 * kGroupFloats;
         for (int w = 0; w < factors; ++w) {
-          add_chunk<Math>(at, size.rows, by_rows(*tiles[w].a), size.steps_of(c), a[w],
-                          tiles[w].stride(size),
-                          p.panels + panel * size.panel_floats() + size.first_step(c) * kPanel,
-                          sums + w * kGroupFloats, c > 0);
+          add_chunk<T>(p, size, tiles[w], at, c, panel + 1 == task.panel_end, a[w],
+                       sums + w * kGroupFloats);
         }
         if (c + 1 == size.chunks) {
           finish_tile<T>(p, at, sums, factors == 2 ? sums + kGroupFloats : nullptr);

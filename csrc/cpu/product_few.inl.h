@@ -82,6 +82,7 @@ template <class Math, int kTokens, class T>
 void add_terms(const Product& p, const Matrix& a, int64_t begin, int64_t end, float* out,
                int64_t out_stride) {
   constexpr int kTerms = kTokens <= 4 ? 4 : 2;
+  constexpr int64_t kRowsAhead = 16;  // each row is a jump in memory, which nobody foresees
   const int64_t steps = ceil_div(p.kk, Math::kStep), x_stride = few_stride<Math>(p.kk);
   const T* from = static_cast<const T*>(a.data) + begin;
   for (int t = 0; t < kTokens; ++t) {
@@ -93,6 +94,8 @@ void add_terms(const Product& p, const Matrix& a, int64_t begin, int64_t end, fl
     for (int q = 0; q < count; ++q) {
       const int64_t k = (s + q) * Math::kStep;
       const T* low = from + k * a.column_stride + i;
+      __builtin_prefetch(low + kRowsAhead * a.column_stride);
+      if (Math::kStep == 2) __builtin_prefetch(low + (kRowsAhead + 1) * a.column_stride);
       const Vec row = Math::kStep == 1 || k + 1 >= p.kk
                           ? Math::zip_row(low, n)
                           : Math::zip_rows(low, low + a.column_stride, n);
