@@ -16,37 +16,52 @@ const T* row_of(const Strided& x, int64_t row) {
   return static_cast<const T*>(x.data) + row * x.stride[0];
 }
 
-// A row to be normalised, as floats: rounded to T, as what is stored in total.
-template <class T, bool kStream>
-const float* gather_row(const NormParams& p, int64_t row, float* values) {
+// What the first pass over a row leaves: the values as floats, rounded to T as in total, and the
+// sum of them or, where nothing is taken off, of their squares.
+struct FirstPass {
+  const float* values;
+  float sum;
+};
+
+template <class T, bool kCentered, bool kStream>
+FirstPass gather_row(const NormParams& p, int64_t row, float* scratch) {
+  Sums sums;
+  const auto count = [&](Vec x, int i) {
+    sums.chain[i] = kCentered ? sums.chain[i] + x : fma(x, x, sums.chain[i]);
+  };
   const T* x = row_of<T>(p.x, row);
-  if (!p.total) {
-    if constexpr (sizeof(T) == sizeof(float)) return x;
-    row_as_floats(x, p.columns, values);
-    return values;
+  if (p.total) {
+    const T* residual = row_of<T>(p.residual, row);
+    T* total = static_cast<T*>(p.total) + row * p.columns;
+    for_vectors(p.columns, [&](int64_t c, auto lanes, int i) {
+      const Vec t = load(x + c, lanes) + load(residual + c, lanes);
+      const Vec v = rounded(t, T{});
+      put<kStream>(total + c, t, lanes);
+      store(scratch + c, v, lanes);
+      count(v, i);
+    });
+  } else if constexpr (sizeof(T) == sizeof(float)) {
+    for_vectors(p.columns, [&](int64_t c, auto lanes, int i) { count(load(x + c, lanes), i); });
+    return {x, sums.total()};
+  } else {
+    for_vectors(p.columns, [&](int64_t c, auto lanes, int i) {
+      const Vec v = load(x + c, lanes);
+      store(scratch + c, v, lanes);
+      count(v, i);
+    });
   }
-  const T* residual = row_of<T>(p.residual, row);
-  T* total = static_cast<T*>(p.total) + row * p.columns;
-  for_vectors(p.columns, [&](int64_t c, auto lanes, int) {
-    const Vec t = load(x + c, lanes) + load(residual + c, lanes);
-    put<kStream>(total + c, t, lanes);
-    store(values + c, rounded(t, T{}), lanes);
-  });
-  return values;
+  return {scratch, sums.total()};
 }
 
 struct Moments {
   float mean, variance;
 };
 
-// The mean in one pass; in the next, what it was off by and the squares around it: a difference of
-// squares would cancel where the mean is large. Not inlined, for one choice of instructions.
-[[gnu::noinline]] inline Moments moments_of(const float* x, int64_t n) {
+// Around a first guess of the mean, which the same pass corrects: a difference of squares would
+// cancel where the mean is large. Not inlined, for one choice of instructions.
+[[gnu::noinline]] inline Moments moments_around(float guess, const float* x, int64_t n) {
   const float count = static_cast<float>(n);
-  Sums sums, offsets, squares;
-  for_vectors(
-      n, [&](int64_t c, auto lanes, int i) { sums.chain[i] = sums.chain[i] + load(x + c, lanes); });
-  const float guess = sums.total() / count;
+  Sums offsets, squares;
   const Vec middle = broadcast(guess);
   const int64_t whole = n - n % kWidth;
   for_vectors(whole, [&](int64_t c, auto lanes, int i) {
@@ -63,32 +78,42 @@ struct Moments {
   return {guess + offset, square / count - offset * offset};
 }
 
-// Around 0.
-[[gnu::noinline]] inline Moments squares_of(const float* x, int64_t n) {
-  Sums squares;
-  for_vectors(n, [&](int64_t c, auto lanes, int i) {
-    const Vec v = load(x + c, lanes);
-    squares.chain[i] = fma(v, v, squares.chain[i]);
-  });
-  return {0.0f, squares.total() / static_cast<float>(n)};
-}
+// Asks for the next row while this one is worked on in L1: memory would idle.
+template <class T>
+struct NextRow {
+  const T *x, *residual;
+
+  NextRow(const NormParams& p, int64_t row)
+      : x(row < p.rows ? row_of<T>(p.x, row) : nullptr),
+        residual(x && p.total ? row_of<T>(p.residual, row) : x) {}
+
+  void ask(int64_t c) const {
+    if (!x) return;
+    __builtin_prefetch(x + c);
+    if (residual != x) __builtin_prefetch(residual + c);
+  }
+};
 
 template <class T, bool kCentered, bool kStream>
 void norm_fwd_rows(const NormParams& p, const NormScale& scale, int64_t begin, int64_t end,
                    float* scratch) {
+  const float *weight = scale.weight, *bias = scale.bias;
   for (int64_t row = begin; row < end; ++row) {
-    const float* x = gather_row<T, kStream>(p, row, scratch);
-    const Moments found = kCentered ? moments_of(x, p.columns) : squares_of(x, p.columns);
+    const auto [x, sum] = gather_row<T, kCentered, kStream>(p, row, scratch);
+    const float first = sum / static_cast<float>(p.columns);
+    const Moments found = kCentered ? moments_around(first, x, p.columns) : Moments{0.0f, first};
     const float rstd = 1.0f / __builtin_sqrtf(found.variance + p.eps);
     const Vec mean = broadcast(found.mean), by = broadcast(rstd);
+    const NextRow<T> next(p, row + 1);
     T* out = static_cast<T*>(p.out) + row * p.columns;
+    const float* values = x;  // a structured binding cannot be captured
     for_vectors(p.columns, [&](int64_t c, auto lanes, int) {
-      const Vec weight = load(scale.weight + c, lanes), v = load(x + c, lanes);
+      const Vec w = load(weight + c, lanes), v = load(values + c, lanes);
+      next.ask(c);
       if constexpr (kCentered) {
-        const Vec bias = load(scale.bias + c, lanes);
-        put<kStream>(out + c, fma((v - mean) * by, weight, bias), lanes);
+        put<kStream>(out + c, fma((v - mean) * by, w, load(bias + c, lanes)), lanes);
       } else {
-        put<kStream>(out + c, v * by * weight, lanes);
+        put<kStream>(out + c, v * by * w, lanes);
       }
     });
     if (kCentered && p.mean) p.mean[row] = found.mean;
@@ -102,14 +127,12 @@ void norm_fwd_rows(const NormParams& p, const NormScale& scale, int64_t begin, i
 template <class T, bool kCentered>
 struct NormRow {
   const T *x, *dout, *dtotal;
-  const float* weight;
   Vec mean, rstd;
 
-  NormRow(const NormParams& p, const NormScale& scale, int64_t row)
+  NormRow(const NormParams& p, int64_t row)
       : x(row_of<T>(p.x, row)),
         dout(row_of<T>(p.dout, row)),
         dtotal(p.dtotal.data ? row_of<T>(p.dtotal, row) : nullptr),
-        weight(scale.weight),
         mean(broadcast(kCentered ? p.mean[row] : 0.0f)),
         rstd(broadcast(p.rstd[row])) {}
 
@@ -121,27 +144,28 @@ struct NormRow {
 };
 
 // dx = rstd * (g - mean(g) - h * mean(g * h)) + dtotal; rms_norm has no mean(g).
-// `sums` collects dweight [N] and, where centered, dbias [N]; null: not wanted.
-template <class T, bool kCentered, bool kStream>
-void norm_bwd_row(const NormParams& p, const NormScale& scale, int64_t at, float* sums) {
-  const NormRow<T, kCentered> row(p, scale, at);
+// With kSums, dweight [N] and dbias [N] get the row's share; rms_norm has no dbias.
+template <class T, bool kCentered, bool kStream, bool kSums>
+void norm_bwd_row(const NormParams& p, const float* weight, int64_t at, float* dweight,
+                  float* dbias) {
+  const NormRow<T, kCentered> row(p, at);
   const int64_t n = p.columns;
   Sums of_g, of_gh;
   for_vectors(n, [&](int64_t c, auto lanes, int i) {
     const Vec d = load(row.dout + c, lanes), h = row.normalised(c, lanes);
-    const Vec weight = load(row.weight + c, lanes);
-    if constexpr (kCentered) of_g.chain[i] = fma(d, weight, of_g.chain[i]);
-    of_gh.chain[i] = fma(d * weight, h, of_gh.chain[i]);
-    if (sums) {
-      store(sums + c, fma(d, h, load(sums + c, lanes)), lanes);
-      if constexpr (kCentered) store(sums + n + c, load(sums + n + c, lanes) + d, lanes);
+    const Vec w = load(weight + c, lanes);
+    if constexpr (kCentered) of_g.chain[i] = fma(d, w, of_g.chain[i]);
+    of_gh.chain[i] = fma(d * w, h, of_gh.chain[i]);
+    if constexpr (kSums) {
+      store(dweight + c, fma(d, h, load(dweight + c, lanes)), lanes);
+      if constexpr (kCentered) store(dbias + c, load(dbias + c, lanes) + d, lanes);
     }
   });
   const Vec minus_g = broadcast(-of_g.total() / static_cast<float>(n));
   const Vec minus_gh = broadcast(-of_gh.total() / static_cast<float>(n));
   T* dx = static_cast<T*>(p.dx) + at * n;
   for_vectors(n, [&](int64_t c, auto lanes, int) {
-    const Vec g = load(row.dout + c, lanes) * load(row.weight + c, lanes);
+    const Vec g = load(row.dout + c, lanes) * load(weight + c, lanes);
     Vec of_norm = fma(row.normalised(c, lanes), minus_gh, g);
     if constexpr (kCentered) of_norm = of_norm + minus_g;
     const Vec before = row.dtotal ? load(row.dtotal + c, lanes) : zero();
@@ -149,6 +173,7 @@ void norm_bwd_row(const NormParams& p, const NormScale& scale, int64_t at, float
   });
 }
 
+// `sums` gets dweight [N] and, where centered, dbias [N]; null: not wanted.
 template <class T, bool kCentered, bool kStream>
 void norm_bwd_rows(const NormParams& p, const NormScale& scale, int64_t begin, int64_t end,
                    float* sums) {
@@ -156,9 +181,10 @@ void norm_bwd_rows(const NormParams& p, const NormScale& scale, int64_t begin, i
     for_vectors(kCentered ? 2 * p.columns : p.columns,
                 [&](int64_t c, auto lanes, int) { store(sums + c, zero(), lanes); });
   }
-  for (int64_t row = begin; row < end; ++row) {
-    norm_bwd_row<T, kCentered, kStream>(p, scale, row, sums);
-  }
+  float* of_bias = kCentered && sums ? sums + p.columns : nullptr;
+  const auto run =
+      sums ? norm_bwd_row<T, kCentered, kStream, true> : norm_bwd_row<T, kCentered, kStream, false>;
+  for (int64_t row = begin; row < end; ++row) run(p, scale.weight, row, sums, of_bias);
   if constexpr (kStream) finish_streams();
 }
 
