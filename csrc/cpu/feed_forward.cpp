@@ -115,7 +115,8 @@ void parameter_gradients(const FeedForwardParams& p, int64_t n, int64_t k, const
 
 void feed_forward_fwd_cpu(const FeedForwardParams& p, int threads) {
   if (p.m == 0 || p.n == 0) return;
-  p.m <= kFewTokens ? forward_few(p, threads) : forward_blocks(p, threads);
+  const bool few = has_few_tokens(hidden_product(p)) && has_few_tokens(down_product(p, {}));
+  few ? forward_few(p, threads) : forward_blocks(p, threads);
 }
 
 void feed_forward_bwd_cpu(const FeedForwardParams& p, const FeedForwardGradients& g, int threads) {

@@ -14,10 +14,7 @@ void linear_fwd_cpu(const LinearParams& p, int threads) {
   forward.finish.dropout = p.dropout;
   forward.finish.residual = p.residual;
   forward.finish.out = p.out;
-  if (p.m > kFewTokens) return multiply_now(forward, threads);
-  Products products(p.type, threads);
-  products.multiply_few(forward);
-  products.run();
+  multiply_now(forward, threads);
 }
 
 void linear_bwd_cpu(const LinearParams& p, const LinearGradients& g, int threads) {

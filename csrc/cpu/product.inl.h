@@ -50,9 +50,10 @@ ProductPlan product_plan(const Product& p) {
   plan.packed_tile = size.chunks * size.packed_chunk;
   plan.packed_panel = size.panel_floats();
   plan.panel_tasks = p.b.column_stride == 1 ? plan.panels : ceil_div(size.steps, kPackSteps);
-  // Rows are copied by each task, unless there are many panels: then once for all.
-  const bool copied = by_rows(p.a) && (!p.gate.data || by_rows(p.gate)) &&
-                      (plan.panels <= kTaskPanels || size.steps < kChunk / 2);
+  // Each task copies its tiles. Weights that lie across are packed once, where there are many
+  // tasks: to change their order costs more.
+  const bool across = !by_rows(p.a) || (p.gate.data && !by_rows(p.gate));
+  const bool copied = !across || plan.panels <= kTaskPanels;
   plan.tile_tasks = copied ? 0 : ceil_div(size.steps, kPackSteps);
   plan.group = kGroup;
   plan.scratch = 2 * (kGroup * size.packed_chunk + kTaskPanels * kGroupFloats);
@@ -95,18 +96,34 @@ void product_pack_panels(const Product& p, int64_t t, float* panels) {
   }
 }
 
-// One chunk of a tile of a, whose rows' terms lie side by side.
+// One chunk of a group of tiles of a, from tile t on: rows of kChunkStride elements where a's lie
+// that way, else columns of kTileLanes.
 template <class T>
-void copy_chunk(const Product& p, const ProductSizes<T>& size, const Matrix& a, int64_t tile,
-                int64_t c, float* out) {
+void copy_chunk(const Product& p, const ProductSizes<T>& size, const Matrix& a, int64_t t,
+                int64_t count, int64_t c, float* out) {
   using Math = typename MathOf<T>::type;
-  const int64_t i = tile * size.rows, h = smaller(size.rows, p.n - i);
-  const int64_t k = size.first_step(c) * Math::kStep;
-  const int64_t values = smaller(p.kk - k, size.chunk * Math::kStep);
-  const T* from = static_cast<const T*>(a.data) + i * a.row_stride + k;
-  for (int64_t r = 0; r < h; ++r, from += a.row_stride, out += kChunkStride) {
-    for (int64_t v = 0; v < values; v += kWidth * Math::kStep) {
-      store(out + v / Math::kStep, Math::load_row(from + v, static_cast<int>(values - v)));
+  const int64_t first = t * size.rows, end = smaller(first + count * size.rows, p.n);
+  const T* from = static_cast<const T*>(a.data) + first * a.row_stride;
+  if (by_rows(a)) {
+    const int64_t k = size.first_step(c) * Math::kStep;
+    const int64_t values = smaller(p.kk - k, size.chunk * Math::kStep);
+    for (int64_t i = first; i < end; ++i, from += a.row_stride) {
+      float* row = out + (i - first) / size.rows * size.packed_chunk +
+                   (i - first) % size.rows * kChunkStride;
+      for (int64_t v = 0; v < values; v += kWidth * Math::kStep) {
+        store(row + v / Math::kStep, Math::load_row(from + k + v, static_cast<int>(values - v)));
+      }
+    }
+    return;
+  }
+  for (int64_t s = 0; s < size.steps_of(c); ++s, out += kTileLanes) {
+    for (int64_t i = first; i < end; i += size.rows) {
+      float* column = out + (i - first) / size.rows * size.packed_chunk;
+      const int64_t h = smaller(size.rows, end - i);
+      for (int64_t r = 0; r < h; r += kWidth) {
+        store(column + r,
+              load_step<Math>(a, from + i - first + r, size.first_step(c) + s, p.kk, h - r));
+      }
     }
   }
 }
@@ -124,7 +141,7 @@ void product_pack_tiles(const Product& p, const Matrix& a, int64_t t, float* til
     const int64_t count = ceil_div(p.n, size.rows), tasks = ceil_div(size.steps, kPackSteps);
     for (int64_t tile = count * t / tasks; tile < count * (t + 1) / tasks; ++tile) {
       for (int64_t c = 0; c < size.chunks; ++c) {
-        copy_chunk<T>(p, size, a, tile, c, tiles + tile * tile_floats + c * size.packed_chunk);
+        copy_chunk<T>(p, size, a, tile, 1, c, tiles + tile * tile_floats + c * size.packed_chunk);
       }
     }
     return;
@@ -235,21 +252,31 @@ struct Tiles {
   const float* chunk(const Product& p, const ProductSizes<T>& size, int64_t t, int64_t count,
                      int64_t c) const {
     if (packed) return packed + (t * size.chunks + c) * size.packed_chunk;
-    for (int64_t i = 0; i < count; ++i) {
-      copy_chunk<T>(p, size, *a, t + i, c, copy + i * size.packed_chunk);
-    }
+    copy_chunk<T>(p, size, *a, t, count, c, copy);
     return copy;
   }
   int64_t stride(const ProductSizes<T>& size) const {
     return packed ? size.chunks * size.packed_chunk : size.packed_chunk;
   }
-  // Row i of a at what is copied after chunk c of a group; null: nothing is.
-  const char* next(const Product& p, const ProductSizes<T>& size, int64_t i, int64_t c) const {
+  // What is copied after chunk c of the group that begins at row i: the part for its tile t, of h
+  // rows, to ask for. Rows 0 where nothing is.
+  RowsAhead next(const Product& p, const ProductSizes<T>& size, int64_t i, int64_t c, int64_t t,
+                 int64_t h) const {
     const bool same_rows = c + 1 < size.chunks;
     const int64_t row = same_rows ? i : i + kGroup * size.rows;
-    if (packed || row >= p.n) return nullptr;
     const int64_t k = same_rows ? size.first_step(c + 1) * size.kStep : 0;
-    return reinterpret_cast<const char*>(static_cast<const T*>(a->data) + row * a->row_stride + k);
+    if (packed || row + t * size.rows >= p.n) return {nullptr, 0, 0};
+    const T* from = static_cast<const T*>(a->data) + row * a->row_stride + k * a->column_stride;
+    const int64_t bytes = sizeof(T);
+    if (by_rows(*a)) {
+      from += t * size.rows * a->row_stride;
+      return {reinterpret_cast<const char*>(from), a->row_stride * bytes, h};
+    }
+    // Each tile asks for one line of every step, which has kStep rows.
+    constexpr int64_t kLines = kGroup / size.kStep;
+    from += t / kLines * a->column_stride;
+    return {reinterpret_cast<const char*>(from) + t % kLines * 64,
+            a->column_stride * size.kStep * bytes, size.steps};
   }
 };
 
@@ -262,16 +289,18 @@ void add_chunk(const Product& p, const ProductSizes<T>& size, const Tiles<T>& ti
   const int64_t panel = at.j / kPanel, steps = size.steps_of(c), rows = size.rows;
   const Panels b = {p.panels + panel * size.panel_floats() + size.first_step(c) * kPanel, kPanel,
                     0};
+  const auto add = [&](int64_t h, const float* tile, float* to, auto ahead) {
+    if (by_rows(*tiles.a)) {
+      gemm_rows<Math, kChunkStride>(h, at.lanes, steps, tile, 1, b, to, kPanel, c > 0, ahead);
+    } else {
+      gemm_rows<Math, 1>(h, at.lanes, steps, tile, kTileLanes, b, to, kPanel, c > 0, ahead);
+    }
+  };
   for (int64_t i = 0; i < at.h; i += rows, a += tiles.stride(size), sums += rows * kPanel) {
     const int64_t h = smaller(rows, at.h - i);
-    if (!by_rows(*tiles.a)) {
-      gemm_rows<Math, 1>(h, at.lanes, steps, a, kTileLanes, b, sums, kPanel, c > 0);
-    } else if (const char* next = last ? tiles.next(p, size, at.i + i, c) : nullptr) {
-      const RowsAhead ahead = {next, tiles.a->row_stride * int64_t{sizeof(T)}, h};
-      gemm_rows<Math, kChunkStride>(h, at.lanes, steps, a, 1, b, sums, kPanel, c > 0, ahead);
-    } else {
-      gemm_rows<Math, kChunkStride>(h, at.lanes, steps, a, 1, b, sums, kPanel, c > 0);
-    }
+    RowsAhead ahead = {nullptr, 0, 0};
+    if (last) ahead = tiles.next(p, size, at.i, c, i / rows, h);
+    ahead.rows ? add(h, a, sums, ahead) : add(h, a, sums, NothingAhead{});
   }
 }
 

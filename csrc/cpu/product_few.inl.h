@@ -22,6 +22,9 @@ void product_pack_few(const Product& p, float* out) {
   }
 }
 
+// Rows that are asked for so long before they are used.
+constexpr int kRowsAhead = 4;
+
 // Dot products of kRows rows with all tokens: sums[token][row].
 template <class Math, int kTokens, int kRows, class T>
 inline void dot_rows(const T* a, int64_t stride, int64_t kk, const float* x, Vec (*sums)[kWidth]) {
@@ -31,10 +34,13 @@ inline void dot_rows(const T* a, int64_t stride, int64_t kk, const float* x, Vec
   for (int t = 0; t < kTokens; ++t) {
     for (int r = 0; r < kRows; ++r) total[t][r] = zero();
   }
-  const auto step = [&](int64_t k, int n) {
+  const auto step = [&](int64_t k, int n) __attribute__((always_inline)) {
     Vec row[kRows];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) row[r] = Math::load_row(a + r * stride + k, n);
+    for (int r = 0; r < kRows; ++r) {
+      row[r] = Math::load_row(a + r * stride + k, n);
+      __builtin_prefetch(a + (r + kRowsAhead) * stride + k);
+    }
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
       const Vec value = load(x + t * x_stride + k / Math::kStep);
@@ -81,21 +87,21 @@ void dot_block(const Product& p, const Matrix& a, int64_t i, float* out, int64_t
 template <class Math, int kTokens, class T>
 void add_terms(const Product& p, const Matrix& a, int64_t begin, int64_t end, float* out,
                int64_t out_stride) {
-  constexpr int kTerms = kTokens <= 4 ? 4 : 2;
-  constexpr int64_t kRowsAhead = 16;  // each row is a jump in memory, which nobody foresees
+  constexpr int kTerms = 8;
+  constexpr int64_t kAhead = 16;  // each row is a jump in memory, which nobody foresees
   const int64_t steps = ceil_div(p.kk, Math::kStep), x_stride = few_stride<Math>(p.kk);
   const T* from = static_cast<const T*>(a.data) + begin;
   for (int t = 0; t < kTokens; ++t) {
     for (int64_t i = 0; i < end - begin; i += kWidth) store(out + t * out_stride + i, zero());
   }
-  const auto terms = [&](int64_t s, int count, int64_t i, int n) {
+  const auto terms = [&](int64_t s, int count, int64_t i, int n) __attribute__((always_inline)) {
     Vec sums[kTokens];
     for (int t = 0; t < kTokens; ++t) sums[t] = load(out + t * out_stride + i);
     for (int q = 0; q < count; ++q) {
       const int64_t k = (s + q) * Math::kStep;
       const T* low = from + k * a.column_stride + i;
-      __builtin_prefetch(low + kRowsAhead * a.column_stride);
-      if (Math::kStep == 2) __builtin_prefetch(low + (kRowsAhead + 1) * a.column_stride);
+      __builtin_prefetch(low + kAhead * a.column_stride);
+      if (Math::kStep == 2) __builtin_prefetch(low + (kAhead + 1) * a.column_stride);
       const Vec row = Math::kStep == 1 || k + 1 >= p.kk
                           ? Math::zip_row(low, n)
                           : Math::zip_rows(low, low + a.column_stride, n);
@@ -168,7 +174,8 @@ void finish_few(const Product& p, int64_t token, int64_t begin, int64_t end, con
         if (pre) store(pre + i, x, n);
         x = activation.value(x);
       }
-      if (f.dropout.threshold) x = x * draw_row(f.dropout, token, begin + i);
+      if (f.dropout.threshold)
+        x = x * draw_row(f.dropout, p.first_row + token, p.first_output + begin + i);
       if (residual) x = x + load(residual + i, n);
       store(out + i, x, n);
     }

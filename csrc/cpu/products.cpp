@@ -29,10 +29,6 @@ const void* moved(const void* p, int64_t elements, Type type) {
   return p ? static_cast<const char*>(p) + elements * size_of(type) : nullptr;
 }
 
-bool by_rows(const Product& p) {
-  return p.a.column_stride == 1 && (!p.gate.data || p.gate.column_stride == 1);
-}
-
 }  // namespace
 
 Workspace::Workspace() : begin_(buffers().used) {}
@@ -156,21 +152,6 @@ int Products::pack_weights(Product& p, int after) {
 }
 
 int Products::multiply_panels(const Product& p, int after) {
-  if (p.tiles || by_rows(p)) return run_tiles(p, after);
-  const ProductPlan plan = kernels_.plan(p);
-  const int64_t whole = kPartGroups * plan.group;
-  const int64_t count = std::max<int64_t>(kBlock / plan.packed_tile / whole, 1) * whole;
-  const int64_t floats = count * plan.packed_tile, outputs = count * plan.tile_rows;
-  float* tiles = workspace_.floats(floats);
-  float* gate_tiles = p.gate.data ? workspace_.floats(floats) : nullptr;
-  for (int64_t n = 0; n < p.n; n += outputs) {
-    Product part = outputs_of(p, n, std::min(outputs, p.n - n));
-    after = run_tiles(part, pack_tiles(part, kernels_.plan(part), tiles, gate_tiles, after));
-  }
-  return after;
-}
-
-int Products::run_tiles(const Product& p, int after) {
   const ProductPlan plan = kernels_.plan(p);
   const int64_t groups = ceil_div(plan.panels, plan.task_panels);
   // Enough tasks to share them evenly; few enough that a task's tiles reuse the panels in its
@@ -222,25 +203,45 @@ int Products::multiply(Product p, int after) {
   return schedule_.last();
 }
 
-int Products::multiply_few(Product p, int after) {
+int Products::multiply_few(const Product& p, int after) {
   const ProductPlan plan = kernels_.plan(p);
-  float* panels = workspace_.floats(plan.few_panels);
-  p.panels = panels;
-  after = schedule_.add(1, after, [this, p, panels](int64_t) { kernels_.pack_few(p, panels); });
-  // Whole lines of weights, where these lie across.
-  const int64_t least = by_rows(p) ? 16 : 256;
-  const int64_t part = std::max(ceil_div(p.n, int64_t{4} * threads_ * 16) * 16, least);
-  const auto run = [this, p, plan, part](int64_t t) {
-    kernels_.run_few(p, t * part, std::min(p.n, (t + 1) * part),
+  // Weights that lie across are read in pieces of rows: these should be whole pages.
+  const bool across = p.a.column_stride != 1;
+  const int64_t part =
+      std::max<int64_t>(ceil_div(p.n, int64_t{4} * threads_ * 16) * 16, across ? 256 : 16);
+  const int64_t groups = ceil_div(p.m, kFewTokens);
+  std::vector<Product> few;
+  for (int64_t j = 0; j < p.m; j += kFewTokens) {
+    Product group = rows_of(p, j, std::min(kFewTokens, p.m - j));
+    float* panels = workspace_.floats(plan.few_panels);
+    group.panels = panels;
+    schedule_.add(1, after, [this, group, panels](int64_t) { kernels_.pack_few(group, panels); });
+    few.push_back(group);
+  }
+  after = schedule_.last();
+  const auto run = [this, few, plan, part, groups](int64_t t) {
+    const Product& group = few[t % groups];
+    const int64_t begin = t / groups * part;
+    kernels_.run_few(group, begin, std::min(group.n, begin + part),
                      scratch_buffer().floats(plan.few_scratch));
   };
-  return schedule_.add(ceil_div(p.n, part), after, run);
+  return schedule_.add(ceil_div(p.n, part) * groups, after, run);
+}
+
+bool has_few_tokens(const Product& p) {
+  const bool by_rows =
+      p.b.column_stride == 1 && (!p.finish.out.data || p.finish.out.column_stride == 1);
+  const bool special =
+      p.slope.pre.data || p.loss.target || p.finish.sums.data || p.finish.to_sums.data;
+  // Weights that lie across must change their order for a tile, which has to pay.
+  const int64_t most = p.a.column_stride == 1 ? kFewTokens : 4 * kFewTokens;
+  return p.m <= most && by_rows && !special;
 }
 
 void multiply_now(const Product& p, int threads) {
   if (p.m == 0 || p.n == 0) return;
   Products products(p.type, threads);
-  products.multiply(p);
+  has_few_tokens(p) ? products.multiply_few(p) : products.multiply(p);
   products.run();
 }
 

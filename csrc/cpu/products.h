@@ -42,15 +42,15 @@ class Products {
   int multiply_panels(const Product& p, int after);
   // All of p: in blocks, where b is large, so that what is packed stays small.
   int multiply(Product p, int after = Schedule::kNothing);
-  // The same where p.m <= kFewTokens.
-  int multiply_few(Product p, int after = Schedule::kNothing);
+  // The same where `has_few_tokens(p)`, straight from the weights; p has no slope, no loss, and its
+  // output's rows lie side by side.
+  int multiply_few(const Product& p, int after = Schedule::kNothing);
   // Rows of b that may be packed at once.
   int64_t block_rows(const Product& p) const;
   void run() { schedule_.run(threads_); }
 
  private:
   int pack_tiles(Product& p, const ProductPlan& plan, float* tiles, float* gate_tiles, int after);
-  int run_tiles(const Product& p, int after);
 
   const ProductKernels& kernels_;
   const int threads_;
@@ -58,6 +58,7 @@ class Products {
   Schedule schedule_;
 };
 
+bool has_few_tokens(const Product& p);
 // Rows [begin, begin + count) of b and of all that goes with them.
 Product rows_of(const Product& p, int64_t begin, int64_t count);
 // Outputs [begin, begin + count), tokens as they are.
