@@ -3,6 +3,7 @@
 from fastattn import nn
 from fastattn.dispatch import explain
 from fastattn.integrations.accelerate import accelerate
+from fastattn.integrations.accelerate.packing import pack
 from fastattn.integrations.override import sdpa_override
 from fastattn.integrations.sdpa import scaled_dot_product_attention
 from fastattn.ops.attention import attention
@@ -28,6 +29,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "nn",
+    "pack",
     "rms_norm",
     "rotary",
     "scaled_dot_product_attention",

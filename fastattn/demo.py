@@ -50,7 +50,7 @@ class Phase:
     name: str
     prompt_tokens: int
     runs: dict[str, list[Run]]  # by side, one a round
-    served: str  # how many attention layers called fastattn, how often, and which did not
+    served: str  # how many layers of each part fastattn served, how often, and which it did not
 
     def median(self, side: str, of: Callable[[Run], float]) -> float:
         """Over the rounds."""
@@ -151,7 +151,7 @@ def compare(
         nonlocal served
         if side == PLAIN:
             return generate(model, tokenizer, prompt, tokens, show)
-        with fastattn.accelerate(model) as handle:
+        with fastattn.accelerate(model, pack=True) as handle:
             result = generate(model, tokenizer, prompt, tokens, show)
             served = _served(handle.report())
         return result
@@ -168,9 +168,10 @@ def compare(
 
 
 def _served(report: Report) -> str:
-    """The report's last line, and the layers that fastattn did not serve or not always."""
-    noted = [f"{layer.name}: {layer.note}" for layer in report if layer.note and layer.part != "loss"]
-    return "; ".join([str(report).splitlines()[-1], *noted])
+    """How many layers of each part, and those that fastattn did not serve or not always."""
+    layers = Report(layer for layer in report if layer.part != "loss")  # nothing is trained here
+    noted = [f"{layer.name}: {layer.note}" for layer in layers if layer.note]
+    return "; ".join([str(layers).splitlines()[-1], *noted])
 
 
 def prompts() -> dict[str, str]:
@@ -295,9 +296,10 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "demo",
         help="a language model on this machine, before and after fastattn",
         description="Lets a small language model answer a question and summarise a long text,\n"
-        "first as transformers runs it, then with fastattn.accelerate(model); shows that the\n"
-        "greedy tokens are the same and what became faster. Then the table of\n"
-        "`bench --suite attention --quick`.",
+        "first as transformers runs it, then with fastattn.accelerate(model, pack=True), which\n"
+        "serves attention, rotary embeddings, MLPs, linear layers and norms; shows that the\n"
+        "greedy tokens are the same, what became faster, and how many layers of each part were\n"
+        "served. Then the table of `bench --suite attention --quick`.",
         epilog="examples:\n"
         "  python -m fastattn demo                      # SmolLM2-135M-Instruct, fp32\n"
         "  python -m fastattn demo --dtype bf16 --tokens 128\n"

@@ -21,6 +21,8 @@ from fastattn.testing.cases.attention import AttentionCase
 from fastattn.testing.cases.attention_decode import DecodeCase
 from fastattn.testing.cases.attention_varlen import VarlenCase
 from fastattn.testing.cases.case import Curve
+from fastattn.testing.cases.feed_forward import FeedForwardCase
+from fastattn.testing.cases.linear import LinearCase
 from fastattn.testing.cases.peers import DENSE, LABELS
 from fastattn.testing.roof import Roof
 from fastattn.testing.timing import Spread
@@ -35,6 +37,7 @@ ATTENTION = [
 ]
 VARLEN = [VarlenCase((3, 9, 1), 2, 8), VarlenCase((3, 9), 2, 8, "bf16", backward=True)]
 DECODE = [DecodeCase(2, 4, 2, 32, 8, "bf16", page_size=4), DecodeCase(2, 4, 2, 32, 8, "int8")]
+FFN = [LinearCase(4, 8, 6), FeedForwardCase(9, 8, 6, backward=True)]
 SWEEP = [
     AttentionCase(1, 1, length, length, 8, dtype, curve=Curve("a figure, D 8", "length", length))
     for length in (4, 8, 12)
@@ -46,7 +49,7 @@ TOP = Roof(200.0, 400.0, 30.0, 25.0, threads=2)
 @pytest.fixture
 def tiny_suites(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny cases, in plain PyTorch, under a roof that is known."""
-    cases = {"attention": ATTENTION, "varlen": VARLEN, "decode": DECODE, "sweep": SWEEP}
+    cases = {"attention": ATTENTION, "varlen": VARLEN, "decode": DECODE, "ffn": FFN, "sweep": SWEEP}
     tiny = {name: suites.Suite(x, budget=0.0, min_rounds=3) for name, x in cases.items()}
     monkeypatch.setattr(suites, "SUITES", {name: (suite, suite) for name, suite in tiny.items()})
     monkeypatch.setattr("fastattn.dispatch.DEFAULT", "reference")
@@ -60,7 +63,8 @@ def test_bench_writes_what_the_report_reads(tmp_path: Path, capsys: pytest.Captu
     shown = capsys.readouterr().out
     data = json.loads(file.read_text())
     assert set(data) == {"environment", "roof", "rows"}
-    assert [row["case"] for row in data["rows"]] == [case.name for case in (*ATTENTION, *VARLEN, *DECODE)]
+    cases = (*ATTENTION, *VARLEN, *DECODE, *FFN)
+    assert [row["case"] for row in data["rows"]] == [case.name for case in cases]
     for row in data["rows"]:
         assert row["case"] in shown
         assert row["seconds"]["fastattn"]["median"] > 0
@@ -74,7 +78,7 @@ def test_bench_writes_what_the_report_reads(tmp_path: Path, capsys: pytest.Captu
     found = Report.from_json(file.read_text())
     assert json.loads(found.to_json()) == data
     lines = _report_module().markdown(found).splitlines()
-    assert sum(line.startswith("| ") for line in lines) == 3 * 2 + len(data["rows"])
+    assert sum(line.startswith("| ") for line in lines) == 5 * 2 + len(data["rows"])
 
 
 def _report_module() -> Any:
@@ -239,6 +243,12 @@ def test_our_own_other_types_and_reads_are_no_rivals() -> None:
     assert row.rivals == ["sdpa"]
     assert not row.loses
     assert row.share(None) == 0.5
+
+
+def test_tokens_are_told_instead_of_work() -> None:
+    row = replace(_row(2e-3, 4e-3), tokens=5)
+    assert (row.speed, row.unit) == (2500.0, "tokens/s")
+    assert row.share(TOP) == replace(row, tokens=0).share(TOP) == 10**6 / 1e9 / 2e-3 / TOP.fp32_gflops
 
 
 def test_a_busy_machine_is_said() -> None:

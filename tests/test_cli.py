@@ -86,7 +86,9 @@ def test_demo_compares_both_sides(
     console = Console(file=io.StringIO(), width=120)
     phase = demo.compare(model, tokenizer, "answer", "What is a cache?", 6, console)
     assert model.config._attn_implementation == "sdpa"
-    assert "attention layers served, 12 calls" in phase.served
+    parts = "2 of 2 attention, 2 of 2 rotary, 9 of 9 linear, 2 of 2 mlp, 5 of 5 norm layers served"
+    assert phase.served.startswith(f"{parts}, ")
+    assert "loss" not in phase.served
     assert phase.difference is None
     assert phase.prompt_tokens == 16
     for side in (demo.PLAIN, demo.FAST):

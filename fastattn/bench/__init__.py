@@ -25,7 +25,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "taking turns. Every case is first held to the error rule, against a float64 reference;\n"
         "one that breaks it is not timed, and the exit code is 1.",
         epilog="examples:\n"
-        "  python -m fastattn bench --quick                 # a third of the cases, about a minute\n"
+        "  python -m fastattn bench --quick                 # a third of the cases\n"
         "  python -m fastattn bench --json results.json     # all, and keep them\n"
         "  python -m fastattn bench --html report.html      # all, with plots, in one file to share\n"
         "  python -m fastattn bench --suite decode          # one suite\n"
@@ -37,15 +37,18 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "  attention  prefill, training, one query over many keys\n"
         "  varlen     16 packed sequences of 32 to 2048 tokens\n"
         "  decode     one query per sequence over a cache: dense, in pages, in int8\n"
-        "  all        these three\n"
         "  ffn        linear layers, the MLPs of GPT-2 and Llama, the loss of a language model\n"
+        "  all        these four\n"
+        "  norm       layer_norm and rms_norm, with a residual\n"
+        "  rotary     rotary embeddings of a prompt, a batch, one token\n"
+        "  model      GPT-2 and a small Llama, whole: prefill, decode, training (needs transformers)\n"
         "  sweep      speed over sequence length and over context, for the plots\n"
         "  grid       880 shapes of attention\n\n"
         f"peers:\n{peers}\n"
         "  packed sequences have SDPA in two forms, on the padded batch and in a loop; pages have\n"
         "  SDPA after gathering them\n\n"
         "columns:\n"
-        "  case     [B,H,S,D], KV heads after a slash\n"
+        "  case     [B,H,S,D], KV heads after a slash; of a model [B,S]\n"
         "  time     of one call of ours, the median\n"
         "  of roof  share of the FMA peak (fp16: of fp32's) as measured in this run; for decode,\n"
         "           of the speed of a plain read of the same memory, which takes turns with it\n"
@@ -70,11 +73,14 @@ def run(args: argparse.Namespace) -> int:
     peers = _peers(args)
     pictures = args.plot is not None or args.html is not None
     if pictures:
-        _require("matplotlib", args.parser)
+        _require("matplotlib", "--plot and --html need", args.parser)
     names = [*(ALL if args.suite == "all" else (args.suite,))]
     suites = choose([*names, "sweep"] if pictures and "sweep" not in names else names, args.quick, args.only)
     if not suites:
         args.parser.error(f"--only: no case of the suite has {args.only!r} in its name")
+    for suite in suites:
+        if suite.needs:
+            _require(suite.needs, f"--suite {args.suite} needs", args.parser)
     for path in (args.json, args.plot, args.html):
         if path is not None and not path.parent.is_dir():
             args.parser.error(f"there is no folder {path.parent}")
@@ -101,11 +107,11 @@ def _peers(args: argparse.Namespace) -> Sequence[str]:
     return names or [USUAL]
 
 
-def _require(package: str, parser: argparse.ArgumentParser) -> None:
+def _require(package: str, who_needs: str, parser: argparse.ArgumentParser) -> None:
     try:
         importlib.import_module(package)
     except ModuleNotFoundError:
-        parser.error(f"--plot and --html need the package {package}: pip install {package}")
+        parser.error(f"{who_needs} the package {package}: pip install {package}")
 
 
 def console() -> Console:

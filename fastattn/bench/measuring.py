@@ -52,6 +52,7 @@ def measure_case(case: Case[Any], peers: Sequence[str], suite: Suite) -> Row:
         "flops": case.flops,
         "bytes": case.bytes,
         "is_bandwidth_bound": case.is_bandwidth_bound,
+        "tokens": case.tokens,
         "op": case.op,
         "curve": case.curve,
     }

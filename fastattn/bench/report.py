@@ -24,8 +24,9 @@ class Row:
     dtype: str
     flops: int
     bytes: int
-    is_bandwidth_bound: bool  # its speed is in GB/s
+    is_bandwidth_bound: bool  # its work is bytes
     op: str = "attention"
+    tokens: int = 0  # of one call; where there are some, its speed is in tokens/s
     curve: Curve | None = None
     errors: dict[str, float] = field(default_factory=dict)  # largest absolute, against float64
     seconds: dict[str, Spread] = field(default_factory=dict)
@@ -42,6 +43,8 @@ class Row:
     @property
     def unit(self) -> str:
         """Of `speed`."""
+        if self.tokens:
+            return "tokens/s"
         return "GB/s" if self.is_bandwidth_bound else "GFLOP/s"
 
     @property
@@ -53,8 +56,12 @@ class Row:
         """In `unit`, of the work that the case needs, not of what a peer does; 0 where it was not timed."""
         if peer not in self.seconds:
             return 0.0
-        work = self.bytes if self.is_bandwidth_bound else self.flops
-        return work / self.seconds[peer].median / 1e9
+        return (self.tokens or self._work / 1e9) / self.seconds[peer].median
+
+    @property
+    def _work(self) -> int:
+        """Bytes or operations, whatever bounds it."""
+        return self.bytes if self.is_bandwidth_bound else self.flops
 
     def share(self, top: Roof | None) -> float | None:
         """Of the roof: FMA peak of the type; for decode, of a plain read that took turns with it."""
@@ -62,7 +69,8 @@ class Row:
             return self.ratios[READ].median
         if top is None or not self.seconds:
             return None
-        return self.speed / (top.read_gbs if self.is_bandwidth_bound else top.gflops(self.dtype))
+        bound = top.read_gbs if self.is_bandwidth_bound else top.gflops(self.dtype)
+        return self._work / 1e9 / self.seconds[OURS].median / bound
 
     @property
     def rivals(self) -> list[str]:

@@ -1,7 +1,7 @@
 """What `bench` can run, by name."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastattn.testing.cases import (
@@ -13,6 +13,7 @@ from fastattn.testing.cases import (
     layer_norm,
     linear,
     linear_cross_entropy,
+    model,
     rms_norm,
     rotary,
 )
@@ -28,6 +29,7 @@ class Suite:
     min_rounds: int = 5
     limit: float = 20.0  # seconds a case, after which even fewer rounds are enough
     only_losers: bool = False  # the table shows those alone; the JSON has every case
+    needs: str = ""  # a package that its cases cannot do without
 
 
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -57,6 +59,10 @@ SUITES: dict[str, tuple[Suite, Suite]] = {
         Suite([*layer_norm.LAYER_NORM_QUICK, *rms_norm.RMS_NORM_QUICK], 0.8),
     ),
     "rotary": (Suite(rotary.ROTARY, 1.5), Suite(rotary.ROTARY_QUICK, 0.8)),
+    "model": (
+        Suite(model.MODEL, 6.0, limit=30.0, needs="transformers"),
+        Suite(model.MODEL_QUICK, 3.0, 3, needs="transformers"),
+    ),
     "sweep": (
         Suite([*attention.sweep(_LENGTHS), *attention_decode.sweep(_CONTEXTS)], 1.0, 3, 10.0),
         Suite([*attention.sweep(_LENGTHS[:4]), *attention_decode.sweep(_CONTEXTS[:5:2])], 0.3, 3, 3.0),
@@ -67,7 +73,7 @@ SUITES: dict[str, tuple[Suite, Suite]] = {
     ),
 }
 
-ALL = ("attention", "varlen", "decode")  # what `all` means
+ALL = ("attention", "varlen", "decode", "ffn")  # what `all` means
 
 
 def choose(names: Sequence[str], quick: bool, only: str = "") -> list[Suite]:
@@ -76,7 +82,7 @@ def choose(names: Sequence[str], quick: bool, only: str = "") -> list[Suite]:
     # Of two that are the same, the last one has a place in a plot.
     last = {(case.name, case.dtype): case for suite in chosen for case in suite.cases}
     return [
-        Suite(cases, suite.budget, suite.min_rounds, suite.limit, suite.only_losers)
+        replace(suite, cases=cases)
         for suite in chosen
         if (cases := [c for c in suite.cases if last[c.name, c.dtype] is c and only in f"{c.name} {c.dtype}"])
     ]

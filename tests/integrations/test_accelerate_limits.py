@@ -278,12 +278,6 @@ class TestAfterwards:
         with fastattn.accelerate(model), pytest.raises(ValueError, match="accelerated already"):
             fastattn.accelerate(model[0])
 
-    def test_pack_is_accepted(self) -> None:
-        model = _mlp()
-        expected, truth = model(X), copy.deepcopy(model).double()(X.double())
-        with torch.no_grad(), fastattn.accelerate(model, pack=True):
-            assert_close(model(X), expected, truth)
-
 
 class TestLoss:
     @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "qwen3"])

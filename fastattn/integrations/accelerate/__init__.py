@@ -25,7 +25,7 @@ def accelerate(
         model: in training or not, on any device; compile it afterwards.
         filter_fn: called with (layer, name) for each layer; False leaves it out. A feed-forward layer
             that is left out has its linear layers asked for one by one.
-        pack: weights may be packed once for inference, which keeps a second copy of them.
+        pack: `fastattn.pack` the weights of the layers that are served, until `remove()`. No copy is kept.
         loss: causal language models compute their loss without their logits where labels are given;
             the logits that they return are None then.
     Returns:
@@ -55,10 +55,10 @@ def accelerate(
         for name, module, way in attention_layers(model)
     ]
     rotates = {layer.module for layer in attention if layer.way == "interface"}
-    layers = list(layers_of(model, rotates, chosen, pack, loss))
+    layers = list(layers_of(model, rotates, chosen, loss))
     if not attention and not layers:
         raise TypeError(
             f"found nothing to serve in {type(model).__name__}; known are attention, feed-forward, "
             "linear and norm layers"
         )
-    return Handle(model, attention, layers)
+    return Handle(model, attention, layers, pack)

@@ -1,7 +1,7 @@
 """The handle of one accelerated model: what was done, the report of it, and how it is taken back."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from fastattn.integrations.accelerate.attention import (
     is_switched,
     switch_interface,
 )
+from fastattn.integrations.accelerate.packing import pack_weights
 from fastattn.integrations.accelerate.replacement import Layer
 from fastattn.integrations.accelerate.report import LayerReport, Report
 from fastattn.integrations.accelerate.sdpa_layers import LayerOverride, wrap_path
@@ -21,7 +22,9 @@ from fastattn.nn.multihead_attention import MultiheadAttention
 class Handle:
     """What `accelerate` did to one model. As a context manager it removes that at the end."""
 
-    def __init__(self, model: nn.Module, attention: list[AttentionLayer], layers: list[Layer]) -> None:
+    def __init__(
+        self, model: nn.Module, attention: list[AttentionLayer], layers: list[Layer], pack: bool
+    ) -> None:
         self._model = model
         self._attention = attention
         self._layers = layers
@@ -30,6 +33,8 @@ class Handle:
         self._counts_before = {layer.name: interface_calls(layer) for layer in attention}
         try:
             self._install()
+            if pack:
+                self._undo.append(pack_weights(model, self._served_modules()))
         except BaseException:
             self.remove()
             raise
@@ -49,6 +54,12 @@ class Handle:
             if isinstance(module, nn.TransformerEncoderLayer) and self._serves_inside(module):
                 # Inside the override torch's fast path is off, which would call none of its parts.
                 wrap_path(self._model, name, self._override, self._undo, is_layer=False)
+
+    def _served_modules(self) -> Iterator[nn.Module]:
+        """Those whose parameters are ours to read."""
+        for layer in self._layers:
+            if layer.active:
+                yield from (layer.module, *layer.covers)
 
     def _serves_inside(self, module: nn.Module) -> bool:
         parts = set(module.modules())

@@ -28,17 +28,17 @@ _PATTERNS = (
 )
 
 
-def linear_layer(name: str, module: nn.Module, pack: bool) -> Layer | None:
+def linear_layer(name: str, module: nn.Module) -> Layer | None:
     """The linear layer that this module is, whether it can be served or not; None: it is none."""
     for pattern in _PATTERNS:
         attributes = match(type(module).forward, pattern)
         if attributes is not None and not has_own(module):
             try:
-                return _with_what_follows(name, module, pattern, attributes, pack)
+                return _with_what_follows(name, module, pattern, attributes)
             except Unfit:
                 continue  # its linear is a layer of its own
     try:
-        given = given_by(linear_of(module), pack)
+        given = given_by(linear_of(module))
     except Unfit as reason:
         return Layer(name, "linear", module, "", str(reason)) if _is_linear(module) else None
     return Layer(name, "linear", module, "linear", replace=replaced(lambda x: linear(x, *given())))
@@ -50,12 +50,10 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (named and not any(module.children()))
 
 
-def _with_what_follows(
-    name: str, module: nn.Module, pattern: str, attributes: dict[str, str], pack: bool
-) -> Layer:
+def _with_what_follows(name: str, module: nn.Module, pattern: str, attributes: dict[str, str]) -> Layer:
     """Raises Unfit where an attribute is not what its role asks for."""
     parts = {role: getattr(module, attribute) for role, attribute in attributes.items()}
-    given = given_by(linear_of(parts["LINEAR"]), pack)
+    given = given_by(linear_of(parts["LINEAR"]))
     activation = activation_of(parts["ACTIVATION"]) if "ACTIVATION" in parts else None
     rate = rate_of(parts["DROPOUT"]) if "DROPOUT" in parts else lambda: 0.0
     norm = layer_norm_of(parts["NORM"]) if "NORM" in parts else None

@@ -42,7 +42,7 @@ def loss_layer(name: str, module: nn.Module, asked: bool) -> Layer | None:
             raise Unfit("its forward was replaced already")
         head_name = _head_name(type(module).forward)
         head = getattr(module, head_name)
-        given = given_by(linear_of(head), pack=False)
+        given = given_by(linear_of(head))
         inside(module, [head_name])
     except Unfit as reason:
         return Layer(name, "loss", module, "", str(reason)) if asked else None

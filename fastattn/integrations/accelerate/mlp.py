@@ -58,7 +58,7 @@ class _Parts(NamedTuple):
     linears: tuple[nn.Module, ...]
 
 
-def mlp_layer(name: str, module: nn.Module, pack: bool) -> Layer | None:
+def mlp_layer(name: str, module: nn.Module) -> Layer | None:
     """The feed-forward layer that this module is, whether it can be served or not; None: it is none."""
     why_not = ""
     for method in _METHODS:
@@ -66,7 +66,7 @@ def mlp_layer(name: str, module: nn.Module, pack: bool) -> Layer | None:
             try:
                 if has_own(module, method):
                     raise Unfit(f"its {method} was replaced already")
-                parts = _parts(module, attributes, pack)
+                parts = _parts(module, attributes)
             except Unfit as reason:
                 why_not = why_not or str(reason)
                 continue
@@ -83,14 +83,14 @@ def _readings(method: Any) -> Iterator[dict[str, str]]:
             yield attributes
 
 
-def _parts(module: nn.Module, attributes: dict[str, str], pack: bool) -> _Parts:
+def _parts(module: nn.Module, attributes: dict[str, str]) -> _Parts:
     """Raises Unfit where an attribute is not what its role asks for."""
     linears = {
         role: _linear(module, attributes[role]) for role in ("GATE", "UP", "DOWN") if role in attributes
     }
     if len({linear.parameters["weight"].dtype for linear in linears.values()}) > 1:  # type: ignore[union-attr]
         raise Unfit("its weights are of different types")
-    given = {role: given_by(linear, pack) for role, linear in linears.items()}
+    given = {role: given_by(linear) for role, linear in linears.items()}
     options = _options(
         activation_of(getattr(module, attributes["ACTIVATION"])),
         _rate(module, attributes.get("DROPOUT")),

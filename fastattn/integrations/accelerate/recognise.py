@@ -14,9 +14,7 @@ from fastattn.integrations.accelerate.rotary import rotary_layer
 Filter = Callable[[nn.Module, str], bool]
 
 
-def layers_of(
-    model: nn.Module, rotates: set[nn.Module], chosen: Filter, pack: bool, loss: bool
-) -> Iterator[Layer]:
+def layers_of(model: nn.Module, rotates: set[nn.Module], chosen: Filter, loss: bool) -> Iterator[Layer]:
     """Every layer but attention, those that are left alone too.
 
     Args:
@@ -32,7 +30,7 @@ def layers_of(
             continue
         if isinstance(module, nn.MultiheadAttention):
             covered.update(module.children())  # it reads their weights, and calls none
-        for layer in _readings(name, module, module in rotates, pack, loss):
+        for layer in _readings(name, module, module in rotates, loss):
             if layer.replace is not None and not chosen(module, name):
                 layer.replace, layer.why_not = None, "left out by filter_fn"
             elif layer.replace is not None:
@@ -40,11 +38,9 @@ def layers_of(
             yield layer
 
 
-def _readings(name: str, module: nn.Module, rotates: bool, pack: bool, loss: bool) -> Iterator[Layer]:
+def _readings(name: str, module: nn.Module, rotates: bool, loss: bool) -> Iterator[Layer]:
     found = [loss_layer(name, module, loss)]
     if rotates:
         found.append(rotary_layer(name, module))
-    found.append(
-        mlp_layer(name, module, pack) or norm_layer(name, module) or linear_layer(name, module, pack)
-    )
+    found.append(mlp_layer(name, module) or norm_layer(name, module) or linear_layer(name, module))
     yield from (layer for layer in found if layer is not None)

@@ -35,17 +35,20 @@ def linear_of(module: nn.Module) -> Linear:
     Raises:
         Unfit: it is something else.
     """
-    if type(module) is nn.Linear:
-        transposed = False
-    elif match(type(module).forward, _CONV1D) == {"BIAS": "bias", "WEIGHT": "weight", "SIZE": "nf"}:
-        transposed = True
-    else:
+    transposed = is_conv1d(module)
+    if not transposed and type(module) is not nn.Linear:
         raise Unfit(f"is a {type(module).__name__}, which has a forward of its own")
     if has_own(module):
         raise Unfit("its forward was replaced already")
     for name in ("weight", "bias"):
         check_parameter(module, name)
     return Linear(module._parameters, transposed)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether its class is transformers' Conv1D, or one with the same forward: its weight is [in, out]."""
+    attributes = {"BIAS": "bias", "WEIGHT": "weight", "SIZE": "nf"}
+    return match(type(module).forward, _CONV1D) == attributes
 
 
 def check_parameter(module: nn.Module, name: str) -> None:

@@ -10,14 +10,10 @@ from fastattn.integrations.accelerate.structure import Linear
 Given = Callable[[], tuple[Tensor, Tensor | None]]
 
 
-def given_by(linear: Linear, pack: bool) -> Given:
+def given_by(linear: Linear) -> Given:
     """The function by which this layer gives its weight [out, in] and its bias.
 
     It looks them up at each call: training changes them, loading and moving a model exchanges them.
-
-    Args:
-        pack: whether `accelerate` was called with pack=True. No op takes packed weights yet, so both
-            get the weights as they lie.
     """
     parameters = linear.parameters
     if linear.transposed:

@@ -91,8 +91,13 @@ class Case(ABC, Generic[Inputs]):
         """What must be read and written, each once."""
 
     @property
+    def tokens(self) -> int:
+        """Of one call, where its speed is told in tokens per second; else 0."""
+        return 0
+
+    @property
     def is_bandwidth_bound(self) -> bool:
-        """Whether its speed is told in GB/s, and its roof is a plain read of `Case.reads`."""
+        """Whether its work is `bytes`, and its roof a plain read of `Case.reads`."""
         return False
 
     @abstractmethod

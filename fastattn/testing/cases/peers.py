@@ -35,6 +35,7 @@ LABELS = {
     "padded": ("SDPA padded", "SDPA on the sequences padded to the longest, with a mask; padding is free"),
     "loop": ("SDPA loop", "SDPA on one sequence after the other"),
     "fastattn bf16": ("fastattn bf16", "this library on the same keys and values in bfloat16"),
+    "transformers": ("transformers", "the model as transformers runs it, with torch's attention"),
     "torch": ("PyTorch", "torch.nn.functional's functions, one after the other"),
 }
 FORMS_OF_SDPA = ("padded", "loop")
