@@ -68,10 +68,15 @@ sanitize: $(VENV)/dev.stamp
 		$(BIN)/python setup.py -q build --build-lib build/asan
 	CXXFLAGS='$(TSAN) -fsanitize=thread' LDFLAGS=-fsanitize=thread \
 		$(BIN)/python setup.py -q build --build-lib build/tsan
-	LD_PRELOAD='$(call RUNTIME,asan ubsan)' ASAN_OPTIONS=detect_leaks=0 $(call SANITIZED,asan,tests/test_attention_properties.py \
-		tests/test_attention_memory.py tests/test_attention_varlen.py tests/test_attention_decode_memory.py)
+	LD_PRELOAD='$(call RUNTIME,asan ubsan)' ASAN_OPTIONS=detect_leaks=0 $(call SANITIZED,asan,tests/test_isa.py \
+		tests/test_attention_properties.py tests/test_attention_memory.py tests/test_attention_varlen.py \
+		tests/test_attention_decode_memory.py tests/test_linear.py tests/test_feed_forward.py \
+		tests/test_gated_feed_forward.py tests/test_linear_memory.py tests/test_layer_norm.py \
+		tests/test_rms_norm.py tests/test_norms.py tests/test_rotary.py)
 	LD_PRELOAD='$(call RUNTIME,tsan)' TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
 		$(call SANITIZED,tsan,tests/test_attention_determinism.py)
+	LD_PRELOAD='$(call RUNTIME,tsan)' TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
+		$(call SANITIZED,tsan,-k threads tests/test_linear_memory.py tests/test_norms.py tests/test_rotary.py)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastattn/_C*.so

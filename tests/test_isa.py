@@ -3,7 +3,16 @@
 import pytest
 import torch
 
+from fastattn import rotary
 from fastattn.testing.check import OPTION_SETS, check_attention, option_set
+from fastattn.testing.check_linear import EVERY_OPTION, check_linear, inputs, with_options
+from fastattn.testing.check_op import (
+    NORM_OPTION_SETS,
+    ROTARY_OPTION_SETS,
+    check_op,
+    norm_inputs,
+    rotary_inputs,
+)
 from fastattn.testing.inputs import qkv
 
 _C = pytest.importorskip("fastattn._C", reason="the compiled core is missing")
@@ -18,6 +27,14 @@ SHAPES = {
     "few_queries": (1, 4, 4, 7, 1029, 128, 80),
     "widest": (1, 1, 1, 40, 50, 512, 511),
 }
+
+# The ops around a product: few rows, several panels of rows, a sum of more than one chunk.
+PRODUCT_SIZES = {
+    "linear": [(3, 41, 37), (70, 33, 131), (9, 1100, 30)],
+    "feed_forward": [(3, 41, 37, 19), (70, 33, 131, 40), (9, 30, 1100, 17)],
+    "gated_feed_forward": [(3, 41, 37, 19), (70, 33, 131, 40), (9, 30, 1100, 17)],
+}
+PRODUCT_OPTIONS = [(op, option) for op, option in EVERY_OPTION if op in PRODUCT_SIZES]
 
 
 @pytest.fixture(params=_C.isa_tiers())
@@ -58,6 +75,44 @@ def test_options_of_decoding(dtype, option):
 def test_every_length_and_head_dim_of_a_tile(dtype):
     for size in range(1, 50):
         check_attention(*qkv(1, 1, 1, size, 50 - size, size, 70 - size, dtype=dtype), backend="cpu")
+
+
+@pytest.mark.parametrize(("op", "option"), PRODUCT_OPTIONS)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.usefixtures("tier")
+def test_products(dtype, op, option):
+    for sizes in PRODUCT_SIZES[op]:
+        check_linear(op, with_options(op, option, inputs(op, sizes, dtype=dtype)), backend="cpu")
+
+
+@pytest.mark.parametrize("op", PRODUCT_SIZES)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.usefixtures("tier")
+def test_every_remainder_of_a_product(dtype, op):
+    """Of the rows and lanes of its tiles, and of what is added up at once."""
+    for size in range(1, 36):
+        sizes = (size, 36 - size, 1 + size * 5 % 37, 1 + size * 7 % 31)[: len(PRODUCT_SIZES[op][0])]
+        check_linear(op, inputs(op, sizes, dtype=dtype), backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("op", "option"), NORM_OPTION_SETS, ids=lambda x: x if isinstance(x, str) else x.__name__
+)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.usefixtures("tier")
+def test_norms(op, option, dtype):
+    for shape in ((5, 1), (37, 83), (70, 256)):
+        check_op(op, norm_inputs(op, option, *shape, dtype=dtype), backend="cpu")
+
+
+@pytest.mark.parametrize("option", ROTARY_OPTION_SETS)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+@pytest.mark.usefixtures("tier")
+def test_rotary(option, dtype, interleaved):
+    for *shape, rotary_dim in ((2, 7, 3, 64, 64), (1, 9, 2, 83, 46)):
+        given = rotary_inputs(option, *shape, rotary_dim=rotary_dim, dtype=dtype, interleaved=interleaved)
+        check_op(rotary, given, backend="cpu")
 
 
 def test_generic_runs_everywhere():

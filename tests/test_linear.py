@@ -69,6 +69,14 @@ def test_the_ends_of_an_activation(check_op, end):
         check_op("linear", given | {"activation": activation})
 
 
+@pytest.mark.parametrize("rows", [1, 9])
+def test_nan_stays_nan(backend, skip_if_refused, rows):
+    x, weight = torch.full((rows, 1), torch.nan), torch.ones(1, 1)
+    for activation in (None, *ACTIVATIONS):
+        skip_if_refused(linear, x, weight, activation=activation)
+        assert linear(x, weight, activation=activation, backend=backend).isnan().all(), activation
+
+
 class TestRanks:
     @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3), (0,), (2, 0, 3)], ids=str)
     def test_x_of_any_rank(self, backend, skip_if_refused, lead):

@@ -1,4 +1,4 @@
-"""layer_norm and rms_norm against the error rule: shapes, strides, magnitudes, gradients, threads, tiers."""
+"""layer_norm and rms_norm against the error rule: shapes, strides, magnitudes, gradients and threads."""
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ from fastattn import layer_norm, rms_norm
 from fastattn.testing.check import upstream
 from fastattn.testing.check_op import NORM_OPTION_SETS, check_op, norm_inputs, op_results
 from fastattn.testing.fence import FencedAllocations, fenced
+
+pytest.importorskip("fastattn._C", reason="the compiled core is missing")
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = (layer_norm, rms_norm)
@@ -269,27 +271,3 @@ def test_rows_do_not_depend_on_their_batch(kernel_backend, op):
     found = op_results(op, alone, backend=kernel_backend)
     for name in ("out", "total", "dx"):
         assert torch.equal(found[name], together[name][:1]), name
-
-
-def tiers():
-    _C = pytest.importorskip("fastattn._C", reason="the compiled core is missing")
-    return _C.isa_tiers()
-
-
-@pytest.fixture(params=tiers())
-def tier(request):
-    """Runs the test on one tier, then goes back to the one before."""
-    from fastattn import _C
-
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
-
-
-@all_options
-@all_types
-@pytest.mark.usefixtures("tier")
-def test_tiers(op, option, dtype):
-    for shape in ((5, 1), (37, 83), (70, 256)):
-        check_op(op, norm_inputs(op, option, *shape, dtype=dtype), backend="cpu")

@@ -1,4 +1,4 @@
-"""rotary against the error rule and others' definitions: shapes, strides, gradients, threads, tiers."""
+"""rotary against the error rule and others' definitions: shapes, strides, gradients and threads."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from fastattn.testing.check_op import ROTARY_OPTION_SETS, check_op, op_results, 
 from fastattn.testing.compare import assert_close
 from fastattn.testing.fence import FencedAllocations, fenced
 
-_C = pytest.importorskip("fastattn._C", reason="the compiled core is missing")
+pytest.importorskip("fastattn._C", reason="the compiled core is missing")
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 all_types = pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -200,22 +200,3 @@ def test_threads_give_the_same_bits(kernel_backend, set_threads, dtype, interlea
         set_threads(threads)
         for name, x in op_results(rotary, given, backend=kernel_backend).items():
             assert torch.equal(x, expected[name]), name
-
-
-@pytest.fixture(params=_C.isa_tiers())
-def tier(request):
-    """Runs the test on one tier, then goes back to the one before."""
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
-
-
-@all_options
-@all_types
-@both_orders
-@pytest.mark.usefixtures("tier")
-def test_tiers(option, dtype, interleaved):
-    for *shape, rotary_dim in ((2, 7, 3, 64, 64), (1, 9, 2, 83, 46)):
-        given = rotary_inputs(option, *shape, rotary_dim=rotary_dim, dtype=dtype, interleaved=interleaved)
-        check_op(rotary, given, backend="cpu")

@@ -74,7 +74,7 @@ inline Vec tanh(Vec x) {
   near = fma(near, square, broadcast(1.33314423537e-1f));
   near = fma(near, square, broadcast(-3.33332819498e-1f));
   near = fma(near * square, x, x);
-  const Vec e = exp2<6>(min(magnitude, broadcast(10.0f)) * broadcast(2.885390082f));
+  const Vec e = exp2<6>(min(broadcast(10.0f), magnitude) * broadcast(2.885390082f));
   const Vec far = copy_sign(broadcast(1.0f) - broadcast(2.0f) / (e + broadcast(1.0f)), x);
   return select_less(magnitude, broadcast(0.625f), near, far);
 }
