@@ -13,7 +13,7 @@ inline Vec sigmoid(Vec x) {
   return broadcast(1.0f) / (broadcast(1.0f) + exp2<kDegree>(power));
 }
 
-// The normal distribution's share below x, to 4e-7: a rational fit of erf(x / sqrt 2) on the range
+// The normal distribution's share below x, to 3e-7: a rational fit of erf(x / sqrt 2) on the range
 // in which it is not 1 in float.
 inline Vec normal_below(Vec x) {
   const Vec u = max(broadcast(-5.55f), min(broadcast(5.55f), x));

@@ -104,7 +104,7 @@ void parameter_gradients(const FeedForwardParams& p, int64_t n, int64_t k, const
     columns.type = p.type;
     columns.m = p.m;
     columns.n = n;
-    bwd_columns_now(columns, dz, {}, dbias, threads);
+    bwd_rows_now(columns, dz, {}, dbias, threads);
   }
   if (dweight.data) {
     multiply_now(weight_gradient(p.type, p.m, n, k, dz, x, dweight), threads);
@@ -115,7 +115,8 @@ void parameter_gradients(const FeedForwardParams& p, int64_t n, int64_t k, const
 
 void feed_forward_fwd_cpu(const FeedForwardParams& p, int threads) {
   if (p.m == 0 || p.n == 0) return;
-  const bool few = has_few_tokens(hidden_product(p)) && has_few_tokens(down_product(p, {}));
+  const Matrix hidden = {nullptr, p.hidden, 1};
+  const bool few = has_few_tokens(hidden_product(p)) && has_few_tokens(down_product(p, hidden));
   few ? forward_few(p, threads) : forward_blocks(p, threads);
 }
 
@@ -130,7 +131,7 @@ void feed_forward_bwd_cpu(const FeedForwardParams& p, const FeedForwardGradients
     output.m = p.m;
     output.n = p.n;
     output.dropout = p.dropout;
-    bwd_columns_now(output, g.dout, dy, nullptr, threads);
+    bwd_rows_now(output, g.dout, dy, nullptr, threads);
   }
   Matrix pre = p.pre;
   if (!pre.data) {

@@ -57,9 +57,7 @@ void gemm_tile(int64_t kk, const float* a, int64_t a_step, const float* b, int64
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kVecs; ++j) {
-      sums[i][j] = accumulate ? load(c + i * c_stride + j * kWidth) : zero();
-    }
+    for (int j = 0; j < kVecs; ++j) sums[i][j] = zero();
   }
 #pragma GCC unroll 1
   for (int64_t k = 0; k < kk; ++k) {
@@ -79,7 +77,11 @@ void gemm_tile(int64_t kk, const float* a, int64_t a_step, const float* b, int64
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kVecs; ++j) store(c + i * c_stride + j * kWidth, sums[i][j]);
+    for (int j = 0; j < kVecs; ++j) {
+      // Added at the end: one chain through all of a long sum's pieces would round too often.
+      float* to = c + i * c_stride + j * kWidth;
+      store(to, accumulate ? load(to) + sums[i][j] : sums[i][j]);
+    }
   }
 }
 

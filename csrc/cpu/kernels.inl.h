@@ -68,7 +68,8 @@ constexpr ProductKernels product_kernels() {
   k.run = product_run<T>;
   k.pack_few = product_pack_few<T>;
   k.run_few = product_run_few<T>;
-  k.bwd_columns = product_bwd_columns<T>;
+  k.bwd_rows = product_bwd_rows<T>;
+  k.add_sums = product_add_sums<T>;
   return k;
 }
 

@@ -21,7 +21,7 @@ void linear_bwd_cpu(const LinearParams& p, const LinearGradients& g, int threads
   Workspace workspace;
   const bool changes = p.activation != Activation::kNone || p.dropout.threshold;
   const Matrix dz = changes ? workspace.matrix(p.m, p.n, p.type) : g.dout;
-  if (changes || g.dbias) bwd_columns_now(p, g.dout, changes ? dz : Matrix{}, g.dbias, threads);
+  if (changes || g.dbias) bwd_rows_now(p, g.dout, changes ? dz : Matrix{}, g.dbias, threads);
   if (g.dx.data) {
     multiply_now(input_gradient(p.type, p.m, p.n, p.k, dz, p.weight, g.dx), threads);
   }

@@ -108,7 +108,7 @@ void slice_gradients(const CrossEntropyParams& p, const CrossEntropyGradients& g
     columns.m = p.m;
     columns.n = slice.n;
     char* dbias = static_cast<char*>(g.dbias) + slice.first_output * size_of(p.type);
-    bwd_columns_now(columns, dlogits, {}, dbias, threads);
+    bwd_rows_now(columns, dlogits, {}, dbias, threads);
   }
   if (g.dweight.data) {
     const Matrix dweight = g.dweight.from_row(slice.first_output, p.type);

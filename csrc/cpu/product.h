@@ -76,7 +76,7 @@ struct ProductPlan {
   int64_t tiles, panels;  // how many
   int64_t tile_rows;      // rows of a tile, but for the last
   int64_t panel_lanes;    // rows of b in a panel
-  int64_t packed_tile;    // a tile of a
+  int64_t packed_group;   // a group of tiles of a
   int64_t packed_panel;   // a panel of b
   int64_t tile_tasks;     // tasks of packing a; 0: each run copies the tiles that it needs
   int64_t panel_tasks;    // tasks of packing b
@@ -96,10 +96,13 @@ struct ProductKernels {
   // slope and makes no panels.
   void (*pack_few)(const Product&, float* panels);
   void (*run_few)(const Product&, int64_t begin, int64_t end, float* scratch);
-  // Of columns [begin, end) of dout [m, n], begin a multiple of 16: the gradient of what was
-  // activated, dz (null: dout is it), and its sum over the rows, db (null: not wanted).
-  void (*bwd_columns)(const LinearParams&, const Matrix& dout, const Matrix& dz, void* db,
-                      int64_t begin, int64_t end);
+  // Of rows [begin, end) of dout [m, n]: the gradient of what was activated, dz (null: dout is it),
+  // and the sum of these rows [n] (null: not wanted).
+  void (*bwd_rows)(const LinearParams&, const Matrix& dout, const Matrix& dz, float* sums,
+                   int64_t begin, int64_t end);
+  // Columns [begin, end) of db [n] from the sums of blocks of rows, [blocks, n].
+  void (*add_sums)(const LinearParams&, const float* sums, int64_t blocks, void* db, int64_t begin,
+                   int64_t end);
 };
 
 // The most rows of b that run_few takes.

@@ -15,6 +15,9 @@ inline int64_t even_share(int64_t n, int64_t most) {
   return round_up(ceil_div(n, parts), 2);
 }
 
+// How a tile is packed.
+inline bool by_rows(const Matrix& a) { return a.column_stride == 1; }
+
 template <class T>
 struct ProductSizes {
   using Math = typename MathOf<T>::type;
@@ -25,7 +28,9 @@ struct ProductSizes {
         chunks(larger(ceil_div(steps, kChunk), 1)),
         chunk(larger(round_up(ceil_div(steps, chunks), 16), 16)),
         rows(p.n ? even_share(p.n, kMaxTileRows) : 2),
-        packed_chunk(larger(kMaxTileRows * kChunkStride, kTileLanes * chunk)) {}
+        packed_chunk(by_rows(p.a) || (p.gate.data && by_rows(p.gate))
+                         ? larger(kMaxTileRows * kChunkStride, kTileLanes * chunk)
+                         : kTileLanes * chunk) {}
 
   int64_t first_step(int64_t c) const { return c * chunk; }
   int64_t steps_of(int64_t c) const { return larger(smaller(chunk, steps - c * chunk), 0); }
@@ -36,9 +41,6 @@ struct ProductSizes {
   int64_t packed_chunk;  // a chunk of a tile
 };
 
-// How a tile is packed.
-inline bool by_rows(const Matrix& a) { return a.column_stride == 1; }
-
 template <class T>
 ProductPlan product_plan(const Product& p) {
   const ProductSizes<T> size(p);
@@ -47,14 +49,14 @@ ProductPlan product_plan(const Product& p) {
   plan.panels = ceil_div(p.m, kPanel);
   plan.tile_rows = size.rows;
   plan.panel_lanes = kPanel;
-  plan.packed_tile = size.chunks * size.packed_chunk;
+  plan.packed_group = size.chunks * kGroup * size.packed_chunk;
   plan.packed_panel = size.panel_floats();
   plan.panel_tasks = p.b.column_stride == 1 ? plan.panels : ceil_div(size.steps, kPackSteps);
   // Each task copies its tiles. Weights that lie across are packed once, where there are many
   // tasks: to change their order costs more.
   const bool across = !by_rows(p.a) || (p.gate.data && !by_rows(p.gate));
   const bool copied = !across || plan.panels <= kTaskPanels;
-  plan.tile_tasks = copied ? 0 : ceil_div(size.steps, kPackSteps);
+  plan.tile_tasks = copied ? 0 : ceil_div(plan.tiles, kGroup) * size.chunks;
   plan.group = kGroup;
   plan.scratch = 2 * (kGroup * size.packed_chunk + kTaskPanels * kGroupFloats);
   plan.task_panels = kTaskPanels;
@@ -116,7 +118,15 @@ void copy_chunk(const Product& p, const ProductSizes<T>& size, const Matrix& a, 
     }
     return;
   }
+  // Each step is a jump in memory, which nobody foresees.
+  const int64_t ahead = 16 * Math::kStep * a.column_stride;
   for (int64_t s = 0; s < size.steps_of(c); ++s, out += kTileLanes) {
+    const T* row = from + (size.first_step(c) + s) * Math::kStep * a.column_stride;
+    for (int64_t i = 0; i < end - first; i += 64 / int64_t{sizeof(T)}) {
+      for (int64_t k = 0; k < Math::kStep; ++k) {
+        __builtin_prefetch(row + ahead + k * a.column_stride + i);
+      }
+    }
     for (int64_t i = first; i < end; i += size.rows) {
       float* column = out + (i - first) / size.rows * size.packed_chunk;
       const int64_t h = smaller(size.rows, end - i);
@@ -128,34 +138,13 @@ void copy_chunk(const Product& p, const ProductSizes<T>& size, const Matrix& a, 
   }
 }
 
-// Task t of packing all tiles of a: tiles, where it is their copy that is kept; where outputs lie
-// side by side, some steps of all of them.
+// Task t of packing all tiles of a: one chunk of a group, which lies together.
 template <class T>
 void product_pack_tiles(const Product& p, const Matrix& a, int64_t t, float* tiles) {
-  using Math = typename MathOf<T>::type;
   const ProductSizes<T> size(p);
-  const int64_t tile_floats = size.chunks * size.packed_chunk;
-  const int64_t end = smaller((t + 1) * kPackSteps, size.steps);
-  const T* from = static_cast<const T*>(a.data);
-  if (by_rows(a)) {
-    const int64_t count = ceil_div(p.n, size.rows), tasks = ceil_div(size.steps, kPackSteps);
-    for (int64_t tile = count * t / tasks; tile < count * (t + 1) / tasks; ++tile) {
-      for (int64_t c = 0; c < size.chunks; ++c) {
-        copy_chunk<T>(p, size, a, tile, 1, c, tiles + tile * tile_floats + c * size.packed_chunk);
-      }
-    }
-    return;
-  }
-  for (int64_t s = t * kPackSteps; s < end; ++s) {
-    const int64_t c = s / size.chunk;
-    float* out = tiles + c * size.packed_chunk + (s - c * size.chunk) * kTileLanes;
-    for (int64_t i = 0; i < p.n; i += size.rows, out += tile_floats) {
-      const int64_t h = smaller(size.rows, p.n - i);
-      for (int64_t r = 0; r < h; r += kWidth) {
-        store(out + r, load_step<Math>(a, from + i + r, s, p.kk, h - r));
-      }
-    }
-  }
+  const int64_t tile = t / size.chunks * kGroup, count = ceil_div(p.n, size.rows) - tile;
+  copy_chunk<T>(p, size, a, tile, smaller(kGroup, count), t % size.chunks,
+                tiles + t * kGroup * size.packed_chunk);
 }
 
 // ---- what becomes of a tile's sums ----
@@ -248,15 +237,12 @@ struct Tiles {
   const float* packed;  // for all tasks; null: copied for this one
   float* copy;
 
-  // Tiles of a group from tile t on, one every size.packed_chunk or so.
+  // A group's, from tile t on, one every size.packed_chunk.
   const float* chunk(const Product& p, const ProductSizes<T>& size, int64_t t, int64_t count,
                      int64_t c) const {
-    if (packed) return packed + (t * size.chunks + c) * size.packed_chunk;
+    if (packed) return packed + (t / kGroup * size.chunks + c) * kGroup * size.packed_chunk;
     copy_chunk<T>(p, size, *a, t, count, c, copy);
     return copy;
-  }
-  int64_t stride(const ProductSizes<T>& size) const {
-    return packed ? size.chunks * size.packed_chunk : size.packed_chunk;
   }
   // What is copied after chunk c of the group that begins at row i: the part for its tile t, of h
   // rows, to ask for. Rows 0 where nothing is.
@@ -296,7 +282,7 @@ void add_chunk(const Product& p, const ProductSizes<T>& size, const Tiles<T>& ti
       gemm_rows<Math, 1>(h, at.lanes, steps, tile, kTileLanes, b, to, kPanel, c > 0, ahead);
     }
   };
-  for (int64_t i = 0; i < at.h; i += rows, a += tiles.stride(size), sums += rows * kPanel) {
+  for (int64_t i = 0; i < at.h; i += rows, a += size.packed_chunk, sums += rows * kPanel) {
     const int64_t h = smaller(rows, at.h - i);
     RowsAhead ahead = {nullptr, 0, 0};
     if (last) ahead = tiles.next(p, size, at.i, c, i / rows, h);
@@ -336,29 +322,41 @@ void product_run(const Product& p, const ProductTask& task, float* scratch) {
 
 // ---- the gradient of what was activated, where dout is its start ----
 
+// Rows [begin, end); their sums go to sums [n], unless null.
 template <class T>
-void product_bwd_columns(const LinearParams& p, const Matrix& dout, const Matrix& dz, void* db,
-                         int64_t begin, int64_t end) {
+void product_bwd_rows(const LinearParams& p, const Matrix& dout, const Matrix& dz, float* sums,
+                      int64_t begin, int64_t end) {
   constexpr int kDegree = MathOf<T>::type::kExpDegree;
-  with_activation<kDegree>(dz.data ? p.activation : Activation::kNone, [&](auto activation) {
-    for (int64_t i = begin; i < end; i += kWidth) {
-      const int n = static_cast<int>(smaller(kWidth, end - i));
-      Vec total = zero();
-      for (int64_t j = 0; j < p.m; ++j) {
-        Vec d = load(static_cast<const T*>(dout.data) + j * dout.row_stride + i, n);
+  with_activation<kDegree>(p.activation, [&](auto activation) {
+    for (int64_t j = begin; j < end; ++j) {
+      const T* from = static_cast<const T*>(dout.data) + j * dout.row_stride;
+      const T* pre = static_cast<const T*>(p.pre.data) + j * p.pre.row_stride;
+      T* to = static_cast<T*>(dz.data) + j * dz.row_stride;
+      for (int64_t i = 0; i < p.n; i += kWidth) {
+        const int n = static_cast<int>(smaller(kWidth, p.n - i));
+        Vec d = n == kWidth ? load(from + i) : load(from + i, n);
         if (dz.data) {
           if (p.dropout.threshold) d = d * draw_row(p.dropout, j, i);
-          if (p.pre.data) {
-            d = d * activation.slope(
-                        load(static_cast<const T*>(p.pre.data) + j * p.pre.row_stride + i, n));
-          }
-          store(static_cast<T*>(dz.data) + j * dz.row_stride + i, d, n);
+          if (p.pre.data) d = d * activation.slope(load(pre + i, n));
+          store(to + i, d, n);
         }
-        total = total + d;
+        if (sums) store(sums + i, j == begin ? d : load(sums + i, n) + d, n);
       }
-      if (db) store(static_cast<T*>(db) + i, total, n);
     }
   });
+}
+
+// db [begin, end) from the sums of blocks of rows, [blocks, n], in the order of the blocks.
+template <class T>
+void product_add_sums(const LinearParams& p, const float* sums, int64_t blocks, void* db,
+                      int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kWidth) {
+    const int n = static_cast<int>(smaller(kWidth, end - i));
+    Vec total = zero();
+    for (int64_t block = 0; block < blocks; ++block)
+      total = total + load(sums + block * p.n + i, n);
+    store(static_cast<T*>(db) + i, total, n);
+  }
 }
 
 }  // namespace fastattn::FASTATTN_ISA

@@ -12,8 +12,8 @@ namespace fastattn::FASTATTN_ISA {
 // chunks of so many panels and tiles stay in the L2 cache.
 constexpr int64_t kChunk = 512;
 constexpr int64_t kTaskPanels = 5;
-// Also so many that their rows together are whole cache lines of the output, of which neighbours
-// may fall into one set.
+// Also so many that their rows together are whole cache lines of a float output (half a line more
+// in 16-bit types), of which neighbours may fall into one set.
 constexpr int64_t kGroup = 8;
 
 // A packed tile is rows of kChunkStride elements where a's rows lie that way, else columns of
@@ -62,7 +62,7 @@ void load_tile(const Place& at, const Matrix& x, float* tile) {
   }
 }
 
-// The other way round, with the residual added.
+// The other way round, with the residual added, which only an output row by row may have.
 template <class T>
 void store_tile(const Place& at, const float* tile, const Matrix& residual, const Matrix& x) {
   T* to = static_cast<T*>(x.data) + at.j * x.row_stride + at.i * x.column_stride;
@@ -133,7 +133,7 @@ inline Vec draw_row(const Dropout& dropout, int64_t row, int64_t column) {
   return load(factors);
 }
 
-// Runs f(row i, its place in the tile) for each vector, its place in the tile) over a tile.
+// Runs f(row, place in the tile) for each vector of a tile.
 template <class F>
 inline void for_tile(const Place& at, const F& f) {
   for (int64_t i = 0; i < at.h; ++i) {

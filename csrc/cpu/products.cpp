@@ -10,48 +10,14 @@ constexpr int64_t kMegabyte = int64_t{1} << 18;  // in floats
 // What may be packed at once of b, and of a where all of it is too large.
 constexpr int64_t kBlock = 16 * kMegabyte;
 // The largest weight that is packed whole.
-constexpr int64_t kWhole = 64 * kMegabyte;
-constexpr size_t kKeptWorkspace = size_t{64} << 20;
-
+constexpr int64_t kWhole = 32 * kMegabyte;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Buffers {
-  std::deque<Buffer> all;
-  size_t used = 0;
-};
-
-Buffers& buffers() {
-  thread_local Buffers buffers;
-  return buffers;
-}
 
 const void* moved(const void* p, int64_t elements, Type type) {
   return p ? static_cast<const char*>(p) + elements * size_of(type) : nullptr;
 }
 
 }  // namespace
-
-Workspace::Workspace() : begin_(buffers().used) {}
-
-Workspace::~Workspace() {
-  buffers().used = begin_;
-  if (begin_ > 0) return;
-  size_t kept = 0;
-  for (Buffer& buffer : buffers().all) {
-    buffer.trim(kKeptWorkspace - kept);
-    kept += buffer.bytes();
-  }
-}
-
-float* Workspace::floats(int64_t n) {
-  Buffers& b = buffers();
-  if (b.used == b.all.size()) b.all.emplace_back();
-  return b.all[b.used++].floats(n);
-}
-
-Matrix Workspace::matrix(int64_t rows, int64_t columns, Type type) {
-  return {floats(ceil_div(rows * columns * size_of(type), sizeof(float))), columns, 1};
-}
 
 Product rows_of(const Product& p, int64_t begin, int64_t count) {
   Product part = p;
@@ -125,6 +91,14 @@ int64_t Products::block_rows(const Product& p) const {
   return std::min(std::max(panels, group) * plan.panel_lanes, p.m);
 }
 
+int64_t Products::block_outputs(const Product& p) const {
+  const ProductPlan plan = kernels_.plan(p);
+  if (!plan.tile_tasks) return std::max<int64_t>(p.n, 1);
+  const int64_t part = p.loss.states ? kPartGroups : 1;
+  const int64_t groups = std::max<int64_t>(kBlock / plan.packed_group / part, 1) * part;
+  return std::min(groups * plan.group * plan.tile_rows, p.n);
+}
+
 int Products::pack_panels(Product& p, float* panels, int after) {
   p.panels = panels;
   return schedule_.add(kernels_.plan(p).panel_tasks, after,
@@ -145,7 +119,7 @@ int Products::pack_tiles(Product& p, const ProductPlan& plan, float* tiles, floa
 
 int Products::pack_weights(Product& p, int after) {
   const ProductPlan plan = kernels_.plan(p);
-  const int64_t floats = plan.tiles * plan.packed_tile;
+  const int64_t floats = ceil_div(plan.tiles, plan.group) * plan.packed_group;
   if (plan.tile_tasks == 0 || floats > kWhole) return after;
   float* tiles = workspace_.floats(floats);
   return pack_tiles(p, plan, tiles, p.gate.data ? workspace_.floats(floats) : nullptr, after);
@@ -178,29 +152,38 @@ int Products::multiply_panels(const Product& p, int after) {
   return schedule_.add(groups * parts, after, run);
 }
 
-int Products::multiply(Product p, int after) {
-  const int64_t rows = block_rows(p), blocks = ceil_div(p.m, rows);
-  const ProductPlan plan = kernels_.plan(rows_of(p, 0, rows));
-  float* panels[2] = {};
+int Products::multiply(const Product& whole, int after) {
+  const int64_t rows = block_rows(whole), blocks = ceil_div(whole.m, rows);
+  const ProductPlan plan = kernels_.plan(rows_of(whole, 0, rows));
+  const int64_t outputs = block_outputs(whole);
+  float *tiles = nullptr, *panels[2] = {};
+  if (plan.tile_tasks) {
+    tiles = workspace_.floats(ceil_div(outputs, plan.group * plan.tile_rows) * plan.packed_group);
+  }
   for (int64_t i = 0; i < std::min<int64_t>(blocks, 2); ++i) {
     panels[i] = workspace_.floats(plan.panels * plan.packed_panel);
   }
-  after = pack_weights(p, after);
-  // The next block is packed while this one is multiplied: its panels come before.
-  int packed[2] = {after, after}, done[2] = {after, after};
-  const auto pack = [&](int64_t block) {
-    const int at = block % 2;
-    Product part = rows_of(p, block * rows, std::min(rows, p.m - block * rows));
-    packed[at] = std::max(pack_panels(part, panels[at], done[at]), after);
-    return part;
-  };
-  Product next = pack(0);
-  for (int64_t block = 0; block < blocks; ++block) {
-    const Product part = next;
-    if (block + 1 < blocks) next = pack(block + 1);
-    done[block % 2] = multiply_panels(part, packed[block % 2]);
+  for (int64_t n = 0; n < whole.n; n += outputs) {
+    Product p = outputs_of(whole, n, std::min(outputs, whole.n - n));
+    if (tiles) after = pack_tiles(p, kernels_.plan(p), tiles, nullptr, after);
+    // The next block is packed while this one is multiplied: its panels come before.
+    int packed[2] = {after, after}, done[2] = {after, after};
+    const auto pack = [&](int64_t block) {
+      Product part = rows_of(p, block * rows, std::min(rows, p.m - block * rows));
+      part.panels = panels[block % 2];
+      if (n > 0 && blocks == 1) return part;  // as they were
+      packed[block % 2] = std::max(pack_panels(part, panels[block % 2], done[block % 2]), after);
+      return part;
+    };
+    Product next = pack(0);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const Product part = next;
+      if (block + 1 < blocks) next = pack(block + 1);
+      done[block % 2] = multiply_panels(part, packed[block % 2]);
+    }
+    after = schedule_.last();
   }
-  return schedule_.last();
+  return after;
 }
 
 int Products::multiply_few(const Product& p, int after) {
@@ -245,12 +228,21 @@ void multiply_now(const Product& p, int threads) {
   products.run();
 }
 
-void bwd_columns_now(const LinearParams& p, const Matrix& dout, const Matrix& dz, void* db,
-                     int threads) {
-  const auto kernel = cpu_kernels().product[static_cast<int>(p.type)].bwd_columns;
-  const int64_t part = std::max<int64_t>(ceil_div(p.n, int64_t{4} * threads * 16) * 16, 64);
-  for_each(threads, ceil_div(p.n, part),
-           [&](int64_t t) { kernel(p, dout, dz, db, t * part, std::min(p.n, (t + 1) * part)); });
+void bwd_rows_now(const LinearParams& p, const Matrix& dout, const Matrix& dz, void* db,
+                  int threads) {
+  constexpr int64_t kRows = 64, kColumns = 256;  // of a task
+  const ProductKernels& kernels = cpu_kernels().product[static_cast<int>(p.type)];
+  Workspace workspace;
+  const int64_t blocks = ceil_div(p.m, kRows);
+  float* sums = db ? workspace.floats(blocks * p.n) : nullptr;
+  for_each(threads, blocks, [&](int64_t t) {
+    kernels.bwd_rows(p, dout, dz, sums ? sums + t * p.n : nullptr, t * kRows,
+                     std::min(p.m, (t + 1) * kRows));
+  });
+  if (!db) return;
+  for_each(threads, ceil_div(p.n, kColumns), [&](int64_t t) {
+    kernels.add_sums(p, sums, blocks, db, t * kColumns, std::min(p.n, (t + 1) * kColumns));
+  });
 }
 
 }  // namespace fastattn

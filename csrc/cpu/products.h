@@ -3,26 +3,12 @@
 
 #include "kernels.h"
 #include "schedule.h"
+#include "workspace.h"
 
 namespace fastattn {
 
 // Groups of tiles that are one part of ClassLoss. Where outputs are cut, it is between parts.
 constexpr int64_t kPartGroups = 16;
-
-// Buffers by the calling thread, kept for its next call up to a limit. Workspaces nest.
-class Workspace {
- public:
-  Workspace();
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  ~Workspace();
-  float* floats(int64_t n);
-  // [rows, columns] of a type.
-  Matrix matrix(int64_t rows, int64_t columns, Type type);
-
- private:
-  const size_t begin_;
-};
 
 // Plans products into a schedule. A step is its number in the schedule.
 class Products {
@@ -40,8 +26,8 @@ class Products {
   int pack_weights(Product& p, int after);
   // Runs p, whose panels are packed.
   int multiply_panels(const Product& p, int after);
-  // All of p: in blocks, where b is large, so that what is packed stays small.
-  int multiply(Product p, int after = Schedule::kNothing);
+  // All of it: in blocks, where a or b is large, so that what is packed stays small.
+  int multiply(const Product& whole, int after = Schedule::kNothing);
   // The same where `has_few_tokens(p)`, straight from the weights; p has no slope, no loss, and its
   // output's rows lie side by side.
   int multiply_few(const Product& p, int after = Schedule::kNothing);
@@ -50,6 +36,8 @@ class Products {
   void run() { schedule_.run(threads_); }
 
  private:
+  // Outputs whose weights may be packed at once.
+  int64_t block_outputs(const Product& p) const;
   int pack_tiles(Product& p, const ProductPlan& plan, float* tiles, float* gate_tiles, int after);
 
   const ProductKernels& kernels_;
@@ -75,7 +63,7 @@ Product weight_gradient(Type type, int64_t m, int64_t n, int64_t k, const Matrix
                         const Matrix& x, const Matrix& dweight);
 // Runs one product, or sums of columns, by itself.
 void multiply_now(const Product& p, int threads);
-void bwd_columns_now(const LinearParams& p, const Matrix& dout, const Matrix& dz, void* db,
-                     int threads);
+void bwd_rows_now(const LinearParams& p, const Matrix& dout, const Matrix& dz, void* db,
+                  int threads);
 
 }  // namespace fastattn
