@@ -177,7 +177,7 @@ void finish_few(const Product& p, int64_t token, int64_t begin, int64_t end, con
       if (f.dropout.threshold)
         x = x * draw_row(f.dropout, p.first_row + token, p.first_output + begin + i);
       if (residual) x = x + load(residual + i, n);
-      store(out + i, x, n);
+      if (out) store(out + i, x, n);
     }
   });
 }
