@@ -51,7 +51,8 @@ CASES = [
         for rows, backward, dtype in ((1, False, "fp32"), (3, False, "bf16"), (300, True, "fp32"))
     ),
     LAYER_NORM,
-    replace(LAYER_NORM, backward=True, dtype="bf16"),
+    # Not in bf16: PyTorch adds up its dbias in bf16, one share a thread, and may break the rule.
+    replace(LAYER_NORM, backward=True),
     RMS_NORM,
     replace(RMS_NORM, backward=True),
     ROTARY,
