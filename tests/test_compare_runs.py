@@ -63,7 +63,10 @@ def test_one_round_tells_no_noise() -> None:
 
 
 def test_under_another_roof_shares_are_compared() -> None:
-    half = Roof(256.0, 504.0, 24.0, 22.0, threads=2)
+    whole = kept().roof
+    half = Roof(
+        whole.fp32_gflops / 2, whole.bf16_gflops / 2, whole.read_gbs / 2, whole.copy_gbs / 2, threads=2
+    )
     assert states(row(1.0), row(2.0), half) == ["same"]
     assert states(row(1.0), row(3.0), half) == ["slower"]
 
