@@ -25,3 +25,11 @@ TYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch
 
 # The largest head dim that the kernels take (csrc/cpu/gemm.inl.h).
 MAX_HEAD_DIM = 512
+
+
+def unsupported(call: Any) -> str | None:
+    """Why the kernels of an op that asks for nothing but a type refuse a call, or None."""
+    if core is None:
+        return missing
+    dtype = call[0].dtype
+    return None if dtype in TYPE_CODES else f"has no kernel for {dtype}"

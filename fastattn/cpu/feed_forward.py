@@ -6,16 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.cpu._core import TYPE_CODES, core, missing
+from fastattn.cpu._core import core
+from fastattn.cpu._core import unsupported as unsupported
 from fastattn.cpu._gradients import allocate, or_empty, with_unit_stride
-
-
-def unsupported(call: Any) -> str | None:
-    """Why these kernels refuse a call, or None."""
-    if core is None:
-        return missing
-    dtype = call[0].dtype
-    return None if dtype in TYPE_CODES else f"has no kernel for {dtype}"
 
 
 def feed_forward_fwd(call: Any, save: bool = True) -> tuple[Tensor, Tensor | None]:

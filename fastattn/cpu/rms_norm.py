@@ -5,17 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.cpu._core import TYPE_CODES, core, missing
+from fastattn.cpu._core import core
+from fastattn.cpu._core import unsupported as unsupported
 from fastattn.cpu._rows import readable
-
-
-def unsupported(call: Any) -> str | None:
-    """Why these kernels refuse a call, or None."""
-    if core is None:
-        return missing
-    if call[0].dtype not in TYPE_CODES:
-        return f"has no kernel for {call[0].dtype}"
-    return None
 
 
 def rms_norm_fwd(call: Any, for_backward: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:

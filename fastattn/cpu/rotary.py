@@ -5,16 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.cpu._core import TYPE_CODES, core, missing
-
-
-def unsupported(call: Any) -> str | None:
-    """Why this kernel refuses a call, or None."""
-    if core is None:
-        return missing
-    if call[0].dtype not in TYPE_CODES:
-        return f"has no kernel for {call[0].dtype}"
-    return None
+from fastattn.cpu._core import core
+from fastattn.cpu._core import unsupported as unsupported
 
 
 def rotary_fwd(call: Any) -> Tensor:
