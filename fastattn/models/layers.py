@@ -4,6 +4,7 @@ A layer reads x [B, S, E], or the packed tokens of sequences of different length
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -107,6 +108,13 @@ class Attention(nn.Module):
         }
         slopes = alibi_slopes(config.num_heads) if config.positions == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # What casts or moves a module goes through here; slopes stay in float32.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.slopes is not None:
+            self.slopes = alibi_slopes(self.config.num_heads).to(self.slopes.device)
+        return self
 
     def forward(
         self,
