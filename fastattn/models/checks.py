@@ -1,5 +1,7 @@
 """What models ask of their inputs, before any memory is touched."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,3 +48,50 @@ def check_ids(
     low, high = (int(x) for x in ids.aminmax())
     if low < 0 or high >= config.vocab_size:
         raise ValueError(f"{name} must be in 0 ... {config.vocab_size - 1}, got {low if low < 0 else high}")
+
+
+def check_prompts(
+    prompts: Tensor | Sequence[Sequence[int] | Tensor], config: ModelConfig, max_new_tokens: int
+) -> list[list[int]]:
+    """Raises where prompts are not tokens of the vocabulary, or leave no positions for new ones."""
+    if isinstance(prompts, str) or not isinstance(prompts, Tensor | Sequence):
+        raise TypeError(f"prompts must be a tensor [B, S] or a list of lists, got {type(prompts).__name__}")
+    ids: list[list[int]] = []
+    for b, prompt in enumerate(prompts):
+        row = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+        if not isinstance(row, Sequence) or not all(type(token) is int for token in row):
+            raise TypeError(f"prompts[{b}] must be a list of integers, got {row!r:.60}")
+        if not row:
+            raise ValueError(f"prompts[{b}] must have at least one token, got none")
+        if not 0 <= min(row) <= max(row) < config.vocab_size:
+            wrong = min(row) if min(row) < 0 else max(row)
+            raise ValueError(f"prompts[{b}] must be in 0 ... {config.vocab_size - 1}, got {wrong}")
+        if len(row) > config.max_positions:
+            raise ValueError(
+                f"prompts[{b}] must have at most max_positions={config.max_positions} tokens, got {len(row)}"
+            )
+        ids.append(list(row))
+    if not ids:
+        raise ValueError("prompts must have at least one sequence, got none")
+    longest = max(map(len, ids))
+    room = config.max_positions - longest + 1  # the last new token is not read
+    if max_new_tokens > room:
+        raise ValueError(
+            f"max_new_tokens must be at most {room} behind a prompt of {longest} tokens and with "
+            f"max_positions={config.max_positions}, got {max_new_tokens}"
+        )
+    return ids
+
+
+def check_prompts_cache(prompts: list[list[int]], cache: ModelCache, max_new_tokens: int) -> None:
+    """Raises where a cache cannot hold the beginnings of these prompts, or has no room for the rest."""
+    if cache.batch_size != len(prompts):
+        raise ValueError(f"cache must have {len(prompts)} sequences, as prompts has, got {cache.batch_size}")
+    for b, (prompt, had) in enumerate(zip(prompts, cache.lengths.tolist(), strict=True)):
+        if had >= len(prompt):
+            raise ValueError(
+                f"cache must have fewer tokens than prompts[{b}] with its {len(prompt)}, got {had}"
+            )
+    wanted = max(map(len, prompts)) + max_new_tokens - 1
+    if wanted > cache.max_length:
+        raise ValueError(f"cache must have room for {wanted} tokens of a sequence, got {cache.max_length}")

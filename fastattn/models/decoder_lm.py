@@ -1,11 +1,12 @@
 """A decoder-only language model: GPT-2, Llama, SmolLM2, Qwen2 and their kin, by config."""
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastattn.models import checks
+from fastattn.models import checks, generation
 from fastattn.models.cache import ModelCache
 from fastattn.models.config import ModelConfig
 from fastattn.models.layers import Embedding, Layer, Packed, initialise, make_norm, make_rope
@@ -98,6 +99,26 @@ class DecoderLM(nn.Module):
         if self.config.head_scale != 1.0:
             hidden = hidden * self.config.head_scale
         return linear_cross_entropy(hidden, self.head.weight, targets, bias=self.head.bias, **options)
+
+    def generate(
+        self, prompts: generation.Prompts, max_new_tokens: int, **options: Any
+    ) -> generation.Generated:
+        """New tokens behind prompts: [B, S], or a list of lists of different lengths.
+
+        Args:
+            options: of `fastattn.models.generation.stream`: sampling, stop_ids, stop_strings, tokenizer,
+                logprobs, cache, page_size, cache_dtype; and on_step, which sees each step as it comes.
+
+        Example:
+            >>> model.generate([[5, 7, 1], [8]], 20, sampling=Sampling(temperature=0.8, seed=0)).tokens
+        """
+        return generation.generate(self, prompts, max_new_tokens, **options)
+
+    def stream(
+        self, prompts: generation.Prompts, max_new_tokens: int, **options: Any
+    ) -> Iterator[generation.NextTokens]:
+        """The steps of `generate`, one at a time."""
+        return generation.stream(self, prompts, max_new_tokens, **options)
 
     def new_cache(self, batch_size: int, max_length: int | None = None, **options: Any) -> ModelCache:
         """An empty cache, in the type and on the device of the weights.
