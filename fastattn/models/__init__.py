@@ -1,6 +1,7 @@
 """The thin Transformer: models that are built from fastattn's ops and modules."""
 
 from fastattn.models.cache import ModelCache
+from fastattn.models.checkpoints import from_pretrained
 from fastattn.models.config import ModelConfig
 from fastattn.models.decoder_lm import DecoderLM
 from fastattn.models.generation import Generated, NextTokens
@@ -17,4 +18,5 @@ __all__ = [
     "Packed",
     "Sampling",
     "Step",
+    "from_pretrained",
 ]
