@@ -16,12 +16,14 @@ from fastattn.ops.linear import linear
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 from fastattn.ops.rms_norm import rms_norm
 from fastattn.ops.rotary import rotary
+from fastattn.weights import attention_weights
 
 __all__ = [
     "accelerate",
     "attention",
     "attention_decode",
     "attention_varlen",
+    "attention_weights",
     "explain",
     "feed_forward",
     "gated_feed_forward",
