@@ -6,6 +6,7 @@ from fastattn.integrations.accelerate import accelerate
 from fastattn.integrations.accelerate.packing import pack
 from fastattn.integrations.override import sdpa_override
 from fastattn.integrations.sdpa import scaled_dot_product_attention
+from fastattn.merge import merge_attention_states
 from fastattn.ops.attention import attention
 from fastattn.ops.attention_decode import attention_decode
 from fastattn.ops.attention_varlen import attention_varlen
@@ -30,6 +31,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "merge_attention_states",
     "nn",
     "pack",
     "rms_norm",
