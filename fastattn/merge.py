@@ -20,8 +20,8 @@ def merge_attention_states(
         out [B, S, H, Dv] and lse [B, H, S] of each part -> out and lse; [T, H, Dv] and [H, T] as well,
         which is what `attention_varlen` returns.
     Types:
-        out has the wider type of out_a and out_b, lse that of lse_a and lse_b, in which the arithmetic is
-        done, too: at least float32.
+        out has the wider type of out_a and out_b, lse that of lse_a and lse_b; the arithmetic is done in
+        these, and at least in float32.
     Args:
         lse_a, lse_b: natural logarithms. A query that saw no key of a part has -inf there, and the other
             part's result; one that saw none at all has out 0 and lse -inf.
@@ -29,22 +29,19 @@ def merge_attention_states(
         ValueError, TypeError: an argument is wrong; names it, what was given and what is allowed.
     """
     _check(out_a, lse_a, out_b, lse_b)
-    wide = torch.promote_types(torch.promote_types(lse_a.dtype, lse_b.dtype), torch.float32)
-    largest = torch.maximum(lse_a, lse_b).detach().to(wide)
+    out_type = torch.promote_types(out_a.dtype, out_b.dtype)
+    lse_type = torch.promote_types(torch.promote_types(lse_a.dtype, lse_b.dtype), torch.float32)
+    largest = torch.maximum(lse_a, lse_b).detach().to(lse_type)
     largest = largest.masked_fill(largest == -math.inf, 0.0)  # two -inf differ by NaN
     share_a, share_b = torch.exp(lse_a - largest), torch.exp(lse_b - largest)
     total = share_a + share_b
     sees_nothing = total == 0.0
     total = total.masked_fill(sees_nothing, 1.0)
     lse = (largest + torch.log(total)).masked_fill(sees_nothing, -math.inf)
-    share_a, share_b = (_as_factor(x / total) for x in (share_a, share_b))
-    out = out_a * share_a + out_b * share_b
-    return out.to(torch.promote_types(out_a.dtype, out_b.dtype)), lse
-
-
-def _as_factor(x: Tensor) -> Tensor:
-    """[..., H, S], one number for each row of an out [..., S, H, Dv]."""
-    return x.transpose(-1, -2).unsqueeze(-1)
+    shares = torch.stack([share_a, share_b]) / total
+    shares = shares.to(torch.promote_types(out_type, torch.float32))
+    share_a, share_b = shares.transpose(-1, -2).unsqueeze(-1)  # each [..., S, H, 1]
+    return (out_a * share_a + out_b * share_b).to(out_type), lse
 
 
 def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
