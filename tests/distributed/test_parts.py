@@ -71,10 +71,11 @@ def test_zigzag_balances_a_causal_mask(size):
     assert {work("contiguous", rank, 1) for rank in range(size)} == {0, 4 * LENGTH**2}
 
 
-def test_parts_are_few():
+@pytest.mark.parametrize("left", [-1, 31])
+def test_parts_are_few(left):
     """Neighbours that are seen whole are one call of the op."""
     for source in range(4):
-        found = parts("zigzag", 2, source, 4, View(8, 8, -1, 0, False))
+        found = parts("zigzag", 2, source, 4, View(8, 8, left, 0, False))
         assert len(found) == (3 if source == 2 else 1)
 
 
