@@ -19,7 +19,7 @@ _LINEAR = {
     "feed_forward.down_proj": _conv1d("mlp.c_proj"),
 }
 
-_CHOICES = {
+CHOICES = {
     "positions": "learned", "norm": "layer_norm", "gated": False, "qkv_bias": True, "out_bias": True,
     "feed_forward_bias": True,
 }  # fmt: skip
@@ -50,7 +50,7 @@ GPT2 = Family(
         Unread(("n_ctx", *(f"summary_{name}" for name in _SUMMARY), "reorder_and_upcast_attn")),
         *tokens(),
     ),
-    choices=_CHOICES,
+    choices=CHOICES,
     tensors={
         "embedding.tokens.weight": "transformer.wte.weight",
         "embedding.positions": "transformer.wpe.weight",
