@@ -4,6 +4,7 @@ A layer reads x [B, S, E], or the packed tokens of sequences of different length
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -68,6 +69,14 @@ class Embedding(nn.Module):
         else:
             self.positions = None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # What casts or moves a module goes through here; a cast to a narrower type and back would round.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.config.positions == "sinusoidal" and self.positions is not None:
+            table = sinusoids(self.config.max_positions, self.config.embed_dim)
+            self.positions = table.to(self.positions.device)
+        return self
+
     def forward(self, ids: Tensor, positions: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """positions: integers, [B, S] or [1, S]. Default: 0 ... S - 1."""
         x = F.embedding(ids, self.tokens.weight)
@@ -107,6 +116,12 @@ class Attention(nn.Module):
         }
         slopes = alibi_slopes(config.num_heads) if config.positions == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.slopes is not None:  # in float32, whatever the weights are cast to
+            self.slopes = alibi_slopes(self.config.num_heads).to(self.slopes.device)
+        return self
 
     def forward(
         self,

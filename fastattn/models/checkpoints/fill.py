@@ -5,11 +5,12 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from fastattn.models.checkpoints.family import Family, Piece, parameters
 from fastattn.models.checkpoints.folder import Stored
@@ -62,6 +63,16 @@ def fill(
     return model.to(device).eval()
 
 
+class _NoNumbers(TorchFunctionMode):
+    """To draw numbers for a tensor without memory is no use, and makes torch import 70 MB of itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensor = kwargs.get("tensor")
+        draws = getattr(func, "__module__", None) == nn.init.__name__
+        return tensor if draws and tensor is not None and tensor.is_meta else func(*args, **kwargs)
+
+
 @contextmanager
 def _weightless() -> Iterator[None]:
     """Parameters of modules that this thread makes meanwhile have a shape and no memory; buffers are real."""
@@ -75,7 +86,8 @@ def _weightless() -> Iterator[None]:
 
     handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type] # it may return
     try:
-        yield
+        with _NoNumbers():
+            yield
     finally:
         handle.remove()
 
