@@ -70,7 +70,7 @@ class Embedding(nn.Module):
             self.positions = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # What casts or moves a module goes through here; a cast to a narrower type and back would round.
+        # What casts or moves a module goes through here; the table stays in float32.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.config.positions == "sinusoidal" and self.positions is not None:
             table = sinusoids(self.config.max_positions, self.config.embed_dim)
@@ -118,8 +118,9 @@ class Attention(nn.Module):
         self.register_buffer("slopes", slopes, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # What casts or moves a module goes through here; slopes stay in float32.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.slopes is not None:  # in float32, whatever the weights are cast to
+        if self.slopes is not None:
             self.slopes = alibi_slopes(self.config.num_heads).to(self.slopes.device)
         return self
 
