@@ -1,5 +1,7 @@
 """Tiny models of transformers with random weights, of each family that fastattn.models knows."""
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -108,3 +111,24 @@ def folder(theirs: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactor
         return path
 
     return save
+
+
+@pytest.fixture
+def edited(folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """`edited(name, tensors, **keys)`: a copy with other tensors, None takes one out, and with other keys in
+    config.json, ... takes one out.
+    """
+
+    def run(name: str, tensors: dict[str, Any] | None = None, **keys: Any) -> Path:
+        path = tmp_path / "edited"
+        shutil.copytree(folder(name), path, dirs_exist_ok=True)
+        if tensors is not None:
+            changed = {**load_file(path / "model.safetensors"), **tensors}
+            kept = {key: x.contiguous() for key, x in changed.items() if x is not None}
+            save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+        file = path / "config.json"
+        json_keys = {**json.loads(file.read_text()), **keys}
+        file.write_text(json.dumps({key: x for key, x in json_keys.items() if x is not ...}))
+        return path
+
+    return run
