@@ -228,6 +228,11 @@ def test_the_model_is_in_memory_once(tmp_path: Path, run_python: Callable[..., A
     assert int(done.stdout) < 1.4 * size
 
 
+def test_keys_that_ask_for_nothing(folder: Folder, edited: Edited) -> None:
+    path = edited("llama", pruned_heads={}, is_decoder=False, use_cache=True, x=None, sep_token_id=3)
+    assert from_pretrained(path).config == from_pretrained(folder("llama")).config
+
+
 def test_old_names_of_rope(folder: Folder, edited: Edited) -> None:
     """As transformers 4 wrote them."""
     old = {"rope_theta": 10000, "rope_scaling": {"type": "linear", "factor": 2.0}}

@@ -148,6 +148,20 @@ def test_chat(folder: Path) -> None:
         load_tokenizer(folder).chat(MESSAGES)
 
 
+def test_saved_for_transformers(trained: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    backend, special = tokenizer_of(metadata_of(trained, pre="qwen2", add_bos_token=True))
+    ours = Tokenizer(backend, TEMPLATE, special)
+    ours.save_pretrained(tmp_path)
+    theirs, again = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    assert again.chat(MESSAGES) == ours.chat(MESSAGES)
+    assert theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True) == ours.chat(
+        MESSAGES
+    )
+    assert theirs.eos_token_id == 1
+    for text in TEXTS:
+        assert ours.encode(text) == again.encode(text) == theirs(text).input_ids
+
+
 def test_templates_cannot_reach_out(folder: Path) -> None:
     write(folder, chat_template="{{ messages.__class__.__mro__ }}")
     with pytest.raises(ValueError, match="does not take these messages"):

@@ -59,7 +59,9 @@ class _Rope:
 
     def read(self, json: Json) -> dict[str, Any]:
         base = json.get("rope.freq_base", 10000.0)
-        dim = json.get("attention.key_length", json["embedding_length"] // json["attention.head_count"])
+        dim = json.get(
+            "attention.key_length", json["embedding_length"] // max(1, json["attention.head_count"])
+        )
         if (turned := json.get("rope.dimension_count", dim)) != dim:
             raise ValueError(f"rope.dimension_count must be the head's {dim}, got {turned}")
         kind = json.get("rope.scaling.type", "none")

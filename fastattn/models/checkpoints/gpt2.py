@@ -47,7 +47,15 @@ GPT2 = Family(
         fixed("scale_attn_by_inverse_layer_idx", False),
         fixed("add_cross_attention", False),
         # The last is about rounding; a summary is what other heads make.
-        Unread(("n_ctx", *(f"summary_{name}" for name in _SUMMARY), "reorder_and_upcast_attn")),
+        Unread(
+            (
+                "n_ctx",
+                "n_special",
+                "predict_special_tokens",
+                *(f"summary_{name}" for name in _SUMMARY),
+                "reorder_and_upcast_attn",
+            )
+        ),
         *tokens(),
     ),
     choices=CHOICES,

@@ -59,6 +59,17 @@ class Tokenizer:
         found: int | None = self.backend.token_to_id(token)
         return found
 
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json into a folder, as transformers reads them."""
+        path = Path(path).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special}
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        self.backend.save(str(path / "tokenizer.json"))
+        text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+        (path / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
     def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation; `encode(text, special=False)` makes it what the model was trained on.
 
