@@ -4,6 +4,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import reduce
 from typing import Any, Protocol
 
@@ -40,7 +41,8 @@ def fill(
     once, again = parameters(model)
     pieces = {name: list(family.pieces(name, parameter, config)) for name, parameter in once.items()}
     copies = {name: list(family.pieces(name, once[first], config)) for name, first in again.items()}
-    stored = _under_full_names(family, source.stored)
+    names = family.full_names(source.stored)
+    stored = {names[name]: place for name, place in source.stored.items()}
     _check(family, source.stored, stored, pieces, copies)
     if dtype is None:
         types = (stored[piece.name].dtype for parts in pieces.values() for piece in parts)
@@ -57,6 +59,8 @@ def fill(
         weights[name] = weights[first]
         has_copy = all(piece.name in stored for piece in copies[name])
         if has_copy and not torch.equal(read(once[first], copies[name]), weights[first]):
+            if family.unties:
+                return fill(family, replace(config, tie_embeddings=False), source, dtype, device)
             place = stored[copies[name][0].name]
             raise ValueError(f"{place.file}: {place.name} differs from {pieces[first][0].name}, its tie")
     model.load_state_dict(weights, assign=True)
@@ -90,13 +94,6 @@ def _weightless() -> Iterator[None]:
             yield
     finally:
         handle.remove()
-
-
-def _under_full_names(family: Family, stored: Mapping[str, Stored]) -> Mapping[str, Stored]:
-    """With the prefix that a checkpoint without its head does not have."""
-    if any(name.startswith(family.prefix) for name in stored):
-        return stored
-    return {family.prefix + name: value for name, value in stored.items()}
 
 
 def _check(

@@ -32,9 +32,7 @@ def load(
         raise TypeError(f"dtype must be a floating type, got {dtype}")
     checkpoint = _find(Path(path).expanduser())
     file, json = checkpoint.file, checkpoint.json
-    family = _family_of(file, json, checkpoint.families)
-    if not issubclass(family.model, kind):
-        raise TypeError(f"{file} is a {family.model_type}: a {family.model.__name__}, not a {kind.__name__}")
+    family = _family_of(file, json, checkpoint.families, kind)
     try:
         config = family.read_config(json)
     except ValueError as error:
@@ -66,9 +64,18 @@ def _config_of(path: Path) -> dict[str, Any]:
     return json
 
 
-def _family_of(file: Path, json: Mapping[str, Any], families: tuple[Family, ...]) -> Family:
-    known = {family.model_type: family for family in families}
-    if json.get("model_type") not in known:
-        given = json.get("model_type")
-        raise ValueError(f"{file}: model_type must be one of {', '.join(known)}, got {given!r}")
-    return known[str(json["model_type"])]
+def _family_of(
+    file: Path, json: Mapping[str, Any], families: tuple[Family, ...], kind: type[Pretrained]
+) -> Family:
+    """Of several for a model_type the one of the architecture, or the first."""
+    given = json.get("model_type")
+    fitting = [family for family in families if family.model_type == given]
+    if not fitting:
+        known = ", ".join(dict.fromkeys(family.model_type for family in families))
+        raise ValueError(f"{file}: model_type must be one of {known}, got {given!r}")
+    right = [family for family in fitting if issubclass(family.model, kind)]
+    if not right:
+        names = " or ".join(family.model.__name__ for family in fitting)
+        raise TypeError(f"{file} is a {given}: a {names}, not a {kind.__name__}")
+    named = [family for family in right if family.architecture in (json.get("architectures") or ())]
+    return (named or right)[0]
