@@ -9,11 +9,12 @@ from fastattn.models import checks
 from fastattn.models.cache import ModelCache
 from fastattn.models.config import ModelConfig
 from fastattn.models.layers import Embedding, Layer, Packed, initialise, make_norm, make_rope
+from fastattn.models.pretrained import Pretrained
 from fastattn.ops.linear import linear
 from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 
 
-class DecoderLM(nn.Module):
+class DecoderLM(Pretrained):
     """Tokens to the next token's logits.
 
     Args:
