@@ -42,7 +42,7 @@ def record(function: Callable[[], T]) -> tuple[Callable[[], None], T]:
     program, threads = core.Program(), torch.get_num_threads()
     program.start()
     try:
-        with _OnlyLaunches():
+        with _OnlyLaunches():  # type: ignore[no-untyped-call]
             result = function()
     finally:
         program.stop()

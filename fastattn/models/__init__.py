@@ -1,5 +1,6 @@
 """The thin Transformer: models that are built from fastattn's ops and modules."""
 
+from fastattn.models.attention_maps import attention_maps
 from fastattn.models.cache import ModelCache
 from fastattn.models.checkpoints import Tokenizer, from_pretrained, load_tokenizer
 from fastattn.models.config import ModelConfig
@@ -21,6 +22,7 @@ __all__ = [
     "Packed",
     "Padding",
     "Tokenizer",
+    "attention_maps",
     "from_pretrained",
     "load_tokenizer",
     "pool",

@@ -17,6 +17,7 @@ from fastattn.ops.attention import attention
 from fastattn.ops.attention_varlen import attention_varlen
 from fastattn.ops.linear import linear
 from fastattn.ops.rotary import rotary
+from fastattn.weights import attention_weights
 
 if TYPE_CHECKING:
     from fastattn.models.padding import Padding
@@ -149,8 +150,7 @@ class Attention(nn.Module):
             padding: with a bias, which has no packed form: x is [1, T, E] all the same.
         """
         config, options = self.config, {**self.options, "alibi_slopes": self.slopes}
-        qkv = linear(x, self.qkv_proj.weight, self.qkv_proj.bias)
-        qkv = qkv.view(*x.shape[:2], -1, config.head_dim)
+        qkv = self._project(x)
         if bias is not None:
             out = self._attend_biased(qkv, bias, cache, padding)
         elif cache is not None:
@@ -159,10 +159,7 @@ class Attention(nn.Module):
                 options |= {"cos": rope.cos, "sin": rope.sin}
             out = cache.extend(q, k, v, **options)
         else:
-            qk, v = qkv.split([config.num_heads + config.num_kv_heads, config.num_kv_heads], dim=2)
-            if rope is not None:
-                qk = rotary(qk, rope.cos, rope.sin, positions=packed and packed.positions)
-            q, k = qk.split([config.num_heads, config.num_kv_heads], dim=2)
+            q, k, v = self._turn(qkv, rope, packed)
             options["dropout_p"] = config.attention_dropout if self.training else 0.0
             if packed is not None:
                 ends, longest = packed.cu_seqlens, packed.max_seqlen
@@ -173,6 +170,27 @@ class Attention(nn.Module):
             else:
                 out = cast(Tensor, attention(q, k, v, **options))
         return project_out(self.out_proj, out, residual, config.dropout if self.training else 0.0)
+
+    def weights(
+        self, x: Tensor, *, rope: RotaryEmbedding | None = None, bias: Tensor | None = None, **chosen: Any
+    ) -> Tensor:
+        """What `forward` gives to each key, [B, heads, rows, S]; chosen: of `attention_weights`."""
+        q, k, _ = self._turn(self._project(x), rope)
+        return attention_weights(q, k, alibi_slopes=self.slopes, bias=bias, **self.options, **chosen)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of [B, S, E], [B, S, H + 2 Hk, D]."""
+        qkv = linear(x, self.qkv_proj.weight, self.qkv_proj.bias)
+        return qkv.view(*x.shape[:2], -1, self.config.head_dim)
+
+    def _turn(self, qkv: Tensor, rope: RotaryEmbedding | None, packed: Packed | None = None) -> list[Tensor]:
+        """q, k and v, the first two turned by their positions."""
+        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        if rope is None:
+            return list(qkv.split([heads, kv_heads, kv_heads], dim=2))
+        qk, v = qkv.split([heads + kv_heads, kv_heads], dim=2)
+        qk = rotary(qk, rope.cos, rope.sin, positions=packed and packed.positions)
+        return [*qk.split([heads, kv_heads], dim=2), v]
 
     def _attend_biased(
         self, qkv: Tensor, bias: Tensor, cache: KVCache | None, padding: "Padding | None"
