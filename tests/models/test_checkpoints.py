@@ -15,6 +15,7 @@ from torch import Tensor
 from fastattn.models import DecoderLM, ModelConfig, from_pretrained
 from fastattn.models.checkpoints.families import FAMILIES
 from fastattn.models.checkpoints.family import parameters
+from fastattn.models.checkpoints.rope import Rope
 from fastattn.testing.compare import assert_close
 
 IDS = torch.randint(3, 61, (2, 40), generator=torch.Generator().manual_seed(7))
@@ -228,6 +229,35 @@ def test_the_model_is_in_memory_once(tmp_path: Path, run_python: Callable[..., A
     assert int(done.stdout) < 1.4 * size
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 8192},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "truncate": False},
+        {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 20.0,
+         "beta_slow": 3.0, "attention_factor": 1.25},
+        {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 0.7,
+         "mscale_all_dim": 0.4},
+        {"rope_type": "yarn", "factor": 0.5, "original_max_position_embeddings": 4096},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_frequencies_of_large_heads_are_theirs(settings: dict[str, Any]) -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=1024, num_attention_heads=8, max_position_embeddings=131072,
+        rope_parameters={"rope_theta": 500000.0, **settings},
+    )  # fmt: skip
+    compute = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[settings["rope_type"]]
+    inv_freq, scale = compute(config, torch.device("cpu"))
+    found = Rope().read(config.to_dict())
+    ratio = torch.tensor(found["rotary_inv_freq"]).double() / inv_freq
+    assert_close(ratio.float(), torch.ones(64), torch.ones(64).double())
+    assert found.get("rotary_scale", 1.0) == pytest.approx(scale)
+
+
 def test_keys_that_ask_for_nothing(folder: Folder, edited: Edited) -> None:
     path = edited("llama", pruned_heads={}, is_decoder=False, use_cache=True, x=None, sep_token_id=3)
     assert from_pretrained(path).config == from_pretrained(folder("llama")).config
@@ -253,6 +283,15 @@ def test_full_disk_leaves_what_was_there(edited: Edited, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(path)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
+def test_who_reads_the_old_file_still_has_it(edited: Edited) -> None:
+    path = edited("gpt2")
+    model = from_pretrained(path, torch.bfloat16)
+    before = (path / "model.safetensors").read_bytes()
+    with (path / "model.safetensors").open("rb") as reader:
+        model.save_pretrained(path)
+        assert reader.read() == before != (path / "model.safetensors").read_bytes()
 
 
 def test_save_where_a_file_is(folder: Folder, tmp_path: Path) -> None:

@@ -64,7 +64,9 @@ def fill(
             place = stored[copies[name][0].name]
             raise ValueError(f"{place.file}: {place.name} differs from {pieces[first][0].name}, its tie")
     model.load_state_dict(weights, assign=True)
-    return model.to(device).eval()
+    if device is not None:
+        model.to(device)  # the tables
+    return model.eval()
 
 
 class _NoNumbers(TorchFunctionMode):
