@@ -45,7 +45,7 @@ def main() -> None:
     )
     for row, (layer, weights) in zip(axes, maps, strict=True):
         for head, axis in enumerate(row):
-            # The first token takes what a head does not need; without it the rest can be seen.
+            # Heads give what they do not need to the first token: a root lets the rest be seen.
             axis.imshow(weights[0, head].sqrt(), cmap="magma", vmin=0.0, vmax=1.0)
             axis.set_title(f"layer {layer}, head {head}", fontsize=9)
             axis.set_xticks(range(len(words)), words, rotation=90, fontsize=6)
