@@ -1,6 +1,6 @@
 """An encoder-decoder that learns to read dates: "the 3rd of May, 1987" becomes "1987-05-03".
 
-python examples/seq2seq_dates.py   (half a minute, then 99 % of unseen dates are right)
+python examples/seq2seq_dates.py   (one minute, then 99 % of unseen dates are right)
 """
 
 import datetime
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastattn.models import EncoderDecoder, ModelConfig
 
-PAD, START, STEPS = 0, 1, 600
+PAD, START, STEPS = 0, 1, 1000
 FORMS = ("%d %B %Y", "%B %d, %Y", "%d/%m/%Y", "%a %d %b %Y", "%b %d %y", "the %d of %B, %Y", "%A, %B %d %Y")
 LETTERS = "0123456789-/, abcdefghijklmnopqrstuvwxyz"
 IDS = {letter: i + 2 for i, letter in enumerate(LETTERS)}
@@ -24,7 +24,7 @@ def batch(rng: random.Random, count: int) -> tuple[Tensor, Tensor, Tensor]:
         date = datetime.date(1970, 1, 1) + datetime.timedelta(days=rng.randrange(25000))
         sources.append(torch.tensor([IDS[letter] for letter in date.strftime(rng.choice(FORMS)).lower()]))
         targets.append([IDS[letter] for letter in date.isoformat()])
-    padded = torch.nn.utils.rnn.pad_sequence(sources, batch_first=True, padding_value=PAD)
+    padded = torch.nn.utils.rnn.pad_sequence(sources, True, PAD)
     return padded, torch.tensor([len(source) for source in sources]), torch.tensor(targets)
 
 
@@ -45,18 +45,18 @@ def main() -> None:
     model, rng = EncoderDecoder(ModelConfig.vaswani(**sizes, **choices)), random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=STEPS)
-    for step in range(STEPS):
+    for step in range(1, STEPS + 1):
         source, lengths, target = batch(rng, 64)
         optimizer.zero_grad()
         loss = model.loss(source, target, lengths=lengths)
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 100 == 99:
-            print(f"step {step + 1}: loss {loss.item():.4f}")
+        if step % 100 == 0:
+            print(f"step {step}: loss {loss.item():.4f}")
     source, lengths, target = batch(random.Random(1), 1000)
-    right = (translate(model.eval(), source, lengths, target.shape[1]) == target).all(1)
-    print(f"{right.float().mean().item():.1%} of 1000 unseen dates are right")
+    right = (translate(model.eval(), source, lengths, 10) == target).all(1).sum().item()
+    print(f"{right / 10:.1f}% of 1000 unseen dates are right")
 
 
 main()
