@@ -130,6 +130,6 @@ class DecoderLM(Pretrained):
         """
         config, like = self.config, self.embedding.tokens.weight
         return ModelCache(
-            config.num_layers, batch_size, max_length or config.max_positions, config.num_kv_heads,
+            config.num_layers, batch_size, config.max_positions if max_length is None else max_length, config.num_kv_heads,
             config.head_dim, **{"dtype": like.dtype, "device": like.device, **options},
         )  # fmt: skip

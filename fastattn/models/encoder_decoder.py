@@ -203,7 +203,7 @@ class EncoderDecoder(Pretrained):
         given = {name: value for name, value in options.items() if value is not None}
         if given and config.positions == "relative":
             raise ValueError(f"a cache must have no options where positions are relative, got {given}")
-        cache = self._cache(batch_size, max_length or config.max_positions, **options)
+        cache = self._cache(batch_size, config.max_positions if max_length is None else max_length, **options)
         if config.positions == "relative":
             # A bias goes over all rows up to the longest sequence's, and 0 times what is there must be 0.
             for layer in cache.layers:

@@ -12,7 +12,7 @@ _CONTEXT = 8  # tokens before the first one that tell how it is joined on
 class Decodes(Protocol):
     """A tokenizer, as far as this file needs it: those of transformers and of tokenizers are."""
 
-    def decode(self, ids: list[int], *, skip_special_tokens: bool = ...) -> str: ...
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = ...) -> str: ...
 
 
 class TextStream:
