@@ -89,7 +89,8 @@ char* shared(uint32_t address, int bytes, Access access, uint32_t lanes, Where a
 // The same for one lane's plain access, whose bank conflicts are counted.
 char* shared_plain(uint32_t address, int bytes, Access access, Where at);
 void check_global(const void* address, int bytes, Access access, Where at);
-// Cycles lost when a warp touches these addresses at once, in phases of 128 bytes.
+// Cycles lost when lanes touch these addresses at once, in phases of 128 bytes.
+constexpr uint32_t kNoAddress = 0xffffffffu;
 int conflicts(const std::vector<uint32_t>& addresses, int bytes);
 // Waits for all lanes of the warp, then runs once on what each of them passed.
 void converge(const char* name, void* arguments, Instruction run, Where at);

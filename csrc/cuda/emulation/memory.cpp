@@ -13,7 +13,8 @@ void note_access(uint32_t address, int bytes, Where at) {
   const int visit = machine->thread().visits[{at.file, at.line}]++;
   auto& seen = machine->accesses[{at.file, at.line, thread_id() / kLanes, visit}];
   seen.first = bytes;
-  seen.second.push_back(address);
+  seen.second.resize(kLanes, kNoAddress);
+  seen.second[thread_id() % kLanes] = address;
 }
 
 }  // namespace
@@ -48,15 +49,17 @@ int conflicts(const std::vector<uint32_t>& addresses, int bytes) {
   const size_t lanes = bytes <= 4 ? kLanes : kLanes * 4 / bytes;  // of a phase
   int lost = 0;
   for (size_t first = 0; first < addresses.size(); first += lanes) {
-    std::set<uint32_t> words[32];
+    std::vector<uint32_t> words;
     for (size_t i = first; i < std::min(first + lanes, addresses.size()); ++i) {
-      for (uint32_t at = addresses[i] / 4; at < (addresses[i] + bytes + 3) / 4; ++at) {
-        words[at % 32].insert(at);
-      }
+      if (addresses[i] == kNoAddress) continue;
+      for (int byte = 0; byte < bytes; byte += 4) words.push_back((addresses[i] + byte) / 4);
     }
-    size_t most = 1;
-    for (const auto& bank : words) most = std::max(most, bank.size());
-    lost += static_cast<int>(most) - 1;
+    std::sort(words.begin(), words.end());
+    words.erase(std::unique(words.begin(), words.end()), words.end());
+    int of_bank[32] = {};
+    for (const uint32_t word : words) ++of_bank[word % 32];
+    const int most = std::max(1, *std::max_element(of_bank, of_bank + 32));
+    lost += most - 1;
   }
   return lost;
 }

@@ -10,6 +10,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __grid_constant__
+#define __launch_bounds__(threads)
 
 namespace fastattn::ptx {
 
