@@ -19,6 +19,8 @@ constexpr AttentionTile kWithOptions[] = {
     {64, 8, 1, 64, 2},  {96, 8, 1, 64, 2},  {128, 8, 1, 64, 2},
     {192, 8, 1, 32, 2}, {256, 4, 1, 32, 2},
 };
+constexpr int64_t kMaxLength =
+    1 << 30;  // rows and keys are counted in int, and a tile beyond the end
 constexpr int kTiles = sizeof(kPlain) / sizeof(kPlain[0]);
 
 template <class T, bool kOptions, int kIndex>
@@ -43,6 +45,7 @@ void run(const AttentionParams& p, void* stream) {
     const bool aligned = is_aligned(p.q, p.head_dim) && is_aligned(p.k, p.head_dim) &&
                          is_aligned(p.v, p.head_dim_v) && is_aligned(p.out, p.head_dim_v);
     const int64_t blocks = (p.seqlen_q + Config::kRows - 1) / Config::kRows * p.nheads * p.batch;
+    if (blocks > INT32_MAX) throw std::invalid_argument("B * H * Sq asks for 2^31 blocks or more");
     launch(attention_fwd_kernel<Config>, blocks, Config::kThreads, Config::kSharedBytes, stream, p,
            aligned);
   } else {
@@ -65,6 +68,9 @@ void run_type(const AttentionParams& p, void* stream) {
 }  // namespace
 
 void attention_fwd_cuda(const AttentionParams& p, void* stream) {
+  if (p.seqlen_q > kMaxLength || p.seqlen_k > kMaxLength) {
+    throw std::invalid_argument("Sq and Sk go to 2^30");
+  }
   if (p.type == Type::kBFloat16) return run_type<ptx::Bf16>(p, stream);
   if (p.type == Type::kFloat16) return run_type<ptx::Fp16>(p, stream);
   throw std::invalid_argument("q, k and v are bfloat16 or float16");

@@ -117,6 +117,24 @@ def check(emulated):
     return run
 
 
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ((2**16, 1, 2**16, 64), b"B * H * Sq asks for 2^31 blocks or more"),
+        ((1, 2**31, 1, 64), b"Sq and Sk go to 2^30"),
+        ((1, 1, 1, 257), b"head dims go to 256"),
+        ((1, 1, 1, 64), b"q, k and v are bfloat16 or float16"),
+    ],
+    ids=["blocks", "lengths", "head_dim", "type"],
+)
+def test_refusals(library, sizes, said):
+    dtype = torch.float32 if b"float16" in said else torch.bfloat16
+    x = torch.zeros((), dtype=dtype).expand(sizes)  # one number, nothing of this size is stored
+    given = EmulatedCall(q=Array(x), k=Array(x), v=Array(x), out=Array(x), softmax_scale=1.0)
+    library.emulated_attention_fwd(ctypes.byref(given))
+    assert given.message == said
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 def test_shapes(check, shape, causal):
