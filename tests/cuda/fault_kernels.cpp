@@ -18,7 +18,8 @@ const char* const kFaults[] = {
     "right",          "no_wait",         "no_barrier",    "copies_early",   "swapped_a",
     "swapped_b",      "not_transposed",  "out_of_shared", "out_of_global",  "unaligned",
     "unaligned_copy", "writes_input",    "unwritten",     "one_warp_waits", "lane_missing",
-    "no_swizzle",     "no_warp_barrier", "other_barrier"};
+    "no_swizzle",     "no_warp_barrier", "other_barrier", "handover",       "arrives_early",
+    "never_waits",    "waits_elsewhere"};
 std::string fault;
 bool has(const char* name) { return fault == name; }
 
@@ -104,6 +105,29 @@ void product_kernel(Problem p) {
   }
 }
 
+// Warp 0 hands a word to warp 1: it arrives at a barrier that the other one waits at.
+void handover_kernel() {
+  const auto at = static_cast<uint32_t>(4 * (ptx::thread_id() % 32));
+  if (ptx::thread_id() < 32) {
+    if (!has("arrives_early")) ptx::store_shared(at, 1.0f);
+    ptx::barrier_arrive(3, kThreads);
+    if (has("arrives_early")) ptx::store_shared(at, 1.0f);
+  } else {
+    if (!has("never_waits")) ptx::barrier_sync(has("waits_elsewhere") ? 4 : 3, kThreads);
+    ptx::load_shared<float>(at);
+  }
+}
+
+int run_handover() {
+  try {
+    const auto counters = emulation::run({2, kThreads, 128}, {}, handover_kernel);
+    std::printf("right: barriers %ld\n", static_cast<long>(counters.barriers));
+  } catch (const emulation::Fault& problem) {
+    std::printf("fault: %s\n", problem.what());
+  }
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -112,6 +136,9 @@ int main(int argc, char** argv) {
     return 0;
   }
   fault = argv[1];
+  for (const char* name : {"handover", "arrives_early", "never_waits", "waits_elsewhere"}) {
+    if (has(name)) return run_handover();
+  }
   std::mt19937 random;
   std::vector<uint16_t> a(kSteps * 32 * kK + 8), b(a.size());  // one copy may start late
   for (auto* x : {&a, &b}) {

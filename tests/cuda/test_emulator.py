@@ -24,6 +24,9 @@ FAULTS = {
     "unwritten": "was never written",
     "one_warp_waits": "threads 0 to 31 wait for barrier 0 (fault_kernels.cpp",
     "other_barrier": "threads 32 to 63 wait for barrier 1 (fault_kernels.cpp",
+    "arrives_early": "race: shared address",
+    "never_waits": "race: shared address",
+    "waits_elsewhere": "threads 0 to 31 have finished; threads 32 to 63 wait for barrier 4",
     "lane_missing": "lanes diverge",
 }
 
@@ -42,6 +45,10 @@ def test_right_kernel_is_right(program):
     assert said(program, "right") == "right: mma 96, ldmatrix 72, cp.async 1536, ldmatrix conflicts 0\n"
 
 
+def test_named_barrier_orders_memory(program):
+    assert said(program, "handover") == "right: barriers 2\n"
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_found(program, fault):
     text = said(program, fault)
@@ -55,4 +62,4 @@ def test_bank_conflicts_are_counted(program):
 
 
 def test_every_fault_is_tested(program):
-    assert set(said(program).split()) == {*FAULTS, "right", "no_swizzle"}
+    assert set(said(program).split()) == {*FAULTS, "right", "handover", "no_swizzle"}

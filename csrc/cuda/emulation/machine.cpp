@@ -97,6 +97,24 @@ void run_block() {
   }
 }
 
+// Counts so many threads of the current warp; if they are the last, all that wait go on. Whether
+// so.
+bool arrive(Barrier& x, int threads) {
+  const std::vector<int> its = machine->shadow->clock(thread_id() / kLanes);
+  x.clock.resize(its.size());
+  for (size_t i = 0; i < its.size(); ++i) x.clock[i] = std::max(x.clock[i], its[i]);
+  x.arrived += threads;
+  if (x.arrived < x.threads) return false;
+  ++machine->counters.barriers;
+  for (const int warp : x.warps_waiting) {
+    machine->shadow->join(warp, x.clock);
+    machine->shadow->advance(warp);
+  }
+  for (const int thread : x.waiting) wake(thread);
+  x = Barrier();
+  return true;
+}
+
 }  // namespace
 
 Counters run(const Launch& launch, const std::vector<Range>& ranges,
@@ -163,7 +181,7 @@ void sync_warp(Where at) {
       at);
 }
 
-void barrier(int id, int threads, bool blocks, Where at) {
+void barrier(int id, int threads, bool waits, Where at) {
   if (id < 0 || id > 15) fail(at, "there are barriers 0 to 15, got %d", id);
   if (threads % kLanes != 0 || threads > machine->launch.threads) {
     fail(at, "barrier %d for %d threads, in a block of %d", id, threads, machine->launch.threads);
@@ -173,27 +191,19 @@ void barrier(int id, int threads, bool blocks, Where at) {
     fail(at, "barrier %d for %d threads, and for %d elsewhere", id, threads, x.threads);
   }
   x.threads = threads;
-  (blocks ? x.warps_waiting : x.warps_arrived).insert(thread_id() / kLanes);
-  if (blocks) x.waiting.push_back(thread_id());
-  const bool last = ++x.arrived == threads;
-  if (!last) {
-    if (blocks) wait("barrier " + std::to_string(id), at);
+  if (!waits) {  // a warp goes on as one, so what it does from now on is not handed over
+    converge(
+        "bar.arrive", &x,
+        [](void* const* lanes) {
+          arrive(*static_cast<Barrier*>(lanes[0]), kLanes);
+          machine->shadow->advance(thread_id() / kLanes);
+        },
+        at);
     return;
   }
-  ++machine->counters.barriers;
-  std::vector<int> clock(machine->warps.size());
-  for (const auto& warps : {x.warps_waiting, x.warps_arrived}) {
-    for (const int warp : warps) {
-      const std::vector<int> its = machine->shadow->clock(warp);
-      for (size_t i = 0; i < clock.size(); ++i) clock[i] = std::max(clock[i], its[i]);
-    }
-  }
-  for (const int warp : x.warps_waiting) machine->shadow->join(warp, clock);
-  for (const auto& warps : {x.warps_waiting, x.warps_arrived}) {
-    for (const int warp : warps) machine->shadow->advance(warp);
-  }
-  for (const int thread : x.waiting) wake(thread);
-  x = Barrier();
+  x.warps_waiting.insert(thread_id() / kLanes);
+  x.waiting.push_back(thread_id());
+  if (!arrive(x, 1)) wait("barrier " + std::to_string(id), at);
 }
 
 }  // namespace fastattn::emulation

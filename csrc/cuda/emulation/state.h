@@ -43,7 +43,8 @@ struct Converging {
 struct Barrier {
   int threads = 0, arrived = 0;
   std::vector<int> waiting;
-  std::set<int> warps_waiting, warps_arrived;
+  std::set<int> warps_waiting;
+  std::vector<int> clock;  // of all that arrived, when they did
 };
 
 // One launch, of which one block is alive at a time.
