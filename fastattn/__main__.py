@@ -10,8 +10,8 @@ import fastattn
 from fastattn import generate, info
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code."""
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line; what it parses has the verb's `run`."""
     parser = argparse.ArgumentParser(
         prog="fastattn" if Path(sys.argv[0]).name == "fastattn" else "python -m fastattn",
         description="Fused attention and feed-forward kernels: look at them, time them, see them at work.",
@@ -28,7 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for verb in _verbs():
         verb.add_parser(verbs)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code."""
+    args = make_parser().parse_args(argv)
     try:
         return int(args.run(args))
     except KeyboardInterrupt:
