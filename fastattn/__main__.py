@@ -20,7 +20,8 @@ def make_parser() -> argparse.ArgumentParser:
         "  python -m fastattn bench --quick   # speed and error against PyTorch, in a minute\n"
         "  python -m fastattn check           # every kernel of this machine against the error rule\n"
         "  python -m fastattn demo            # a language model, before and after\n"
-        "  python -m fastattn generate --chat # talk to a language model\n\n"
+        "  python -m fastattn generate --chat # talk to a language model\n"
+        "  python -m fastattn train --data stdlib --out runs/code   # train a small one\n\n"
         "`python -m fastattn VERB --help` tells the rest.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -46,13 +47,13 @@ def _verbs() -> Iterator[ModuleType]:
     """All that can run here: `info` needs nothing but torch, so that it can say what is missing."""
     yield from (info, generate)
     try:
-        from fastattn import bench, check, compare, demo
+        from fastattn import bench, check, compare, demo, train
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "rich":
             raise
         print("all verbs but info and generate need the package rich: pip install rich", file=sys.stderr)
         return
-    yield from (bench, compare, check, demo)
+    yield from (bench, compare, check, demo, train)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from fastattn.__main__ import main
 from fastattn.bench import measuring, suites
 from fastattn.testing.cases.attention import AttentionCase
 
-VERBS = ("info", "generate", "bench", "compare", "check", "demo")
+VERBS = ("info", "generate", "train", "bench", "compare", "check", "demo")
 
 
 @pytest.mark.parametrize("verb", [[], *([verb] for verb in VERBS)])

@@ -42,6 +42,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "  norm       layer_norm and rms_norm, with a residual\n"
         "  rotary     rotary embeddings of a prompt, a batch, one token\n"
         "  model      GPT-2 and a small Llama, whole: prefill, decode, training (needs transformers)\n"
+        "  train      a step of training of GPT-2 and of a small Llama, AdamW with it\n"
         "  sweep      speed over sequence length and over context, for the plots\n"
         "  grid       880 shapes of attention\n\n"
         f"peers:\n{peers}\n"

@@ -17,6 +17,7 @@ from fastattn.testing.cases import (
     own_model,
     rms_norm,
     rotary,
+    train,
 )
 from fastattn.testing.cases.case import Case
 
@@ -68,6 +69,7 @@ SUITES: dict[str, tuple[Suite, Suite]] = {
         Suite(own_model.OWN_MODELS, 6.0, limit=30.0, needs="transformers"),
         Suite(own_model.OWN_MODELS_QUICK, 3.0, 3, needs="transformers"),
     ),
+    "train": (Suite(train.TRAIN, 6.0, 3, 30.0), Suite(train.TRAIN_QUICK, 3.0, 3)),
     "sweep": (
         Suite([*attention.sweep(_LENGTHS), *attention_decode.sweep(_CONTEXTS)], 1.0, 3, 10.0),
         Suite([*attention.sweep(_LENGTHS[:4]), *attention_decode.sweep(_CONTEXTS[:5:2])], 0.3, 3, 3.0),
