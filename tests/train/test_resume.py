@@ -171,6 +171,22 @@ def test_a_run_without_any_room_says_so(train: Train, capsys: pytest.CaptureFixt
     assert step_of(folder) == 6
 
 
+def test_without_room_for_the_best_weights_the_last_ones_are_taken(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = checkpoint.save_file
+
+    def full(tensors: Any, path: Path, told: Any) -> None:
+        if path.name == BEST:
+            raise OSError(28, "No space left on device")
+        plain(tensors, path, told)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    folder = train("--eval-every", 4)
+    assert not (folder / BEST).exists()
+    assert json.loads((folder / "summary.json").read_text())["best_step"] == step_of(folder) == 6
+
+
 def test_no_room_at_the_very_end_is_mended_by_resuming(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
