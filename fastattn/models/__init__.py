@@ -1,22 +1,36 @@
 """The thin Transformer: models that are built from fastattn's ops and modules."""
 
+from fastattn.models.attention_maps import attention_maps
 from fastattn.models.cache import ModelCache
-from fastattn.models.checkpoints import from_pretrained
+from fastattn.models.checkpoints import Tokenizer, from_pretrained, load_tokenizer
 from fastattn.models.config import ModelConfig
+from fastattn.models.cross_attention import Memory
 from fastattn.models.decoder_lm import DecoderLM
+from fastattn.models.encoder import Encoder, MaskedLM, pool
+from fastattn.models.encoder_decoder import EncoderDecoder
 from fastattn.models.generation import Generated, NextTokens
 from fastattn.models.layers import Packed
+from fastattn.models.padding import Padding
 from fastattn.models.sampling import Sampling
 from fastattn.models.step import Step
 
 __all__ = [
     "DecoderLM",
+    "Encoder",
+    "EncoderDecoder",
     "Generated",
+    "MaskedLM",
+    "Memory",
     "ModelCache",
     "ModelConfig",
     "NextTokens",
     "Packed",
+    "Padding",
     "Sampling",
     "Step",
+    "Tokenizer",
+    "attention_maps",
     "from_pretrained",
+    "load_tokenizer",
+    "pool",
 ]

@@ -50,6 +50,15 @@ def check_ids(
         raise ValueError(f"{name} must be in 0 ... {config.vocab_size - 1}, got {low if low < 0 else high}")
 
 
+def check_targets(targets: Tensor, ids: Tensor) -> None:
+    """Raises where targets are not one class for each of ids; the op looks at what they hold."""
+    check_tensor("targets", targets)
+    if targets.dtype is not torch.int64 or targets.shape != ids.shape:
+        raise ValueError(
+            f"targets must be int64 {list(ids.shape)}, as ids, got {targets.dtype} {list(targets.shape)}"
+        )
+
+
 def check_prompts(
     prompts: Tensor | Sequence[Sequence[int] | Tensor], config: ModelConfig, max_new_tokens: int
 ) -> list[list[int]]:

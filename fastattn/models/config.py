@@ -145,3 +145,32 @@ class ModelConfig:
             "qkv_bias": True, "out_bias": True, "feed_forward_bias": True,
         }  # fmt: skip
         return cls(**choices | sizes)
+
+    @classmethod
+    def bert(cls, **sizes: Any) -> "ModelConfig":
+        """BERT's choices: GPT-2's with norms behind, segments, a norm of the embeddings, GELU as it is."""
+        choices: dict[str, Any] = {
+            "pre_norm": False, "embedding_norm": True, "num_segments": 2, "activation": "gelu",
+            "norm_eps": 1e-12, "head_bias": True,
+        }  # fmt: skip
+        return cls.gpt2(**choices | sizes)
+
+    @classmethod
+    def t5(cls, **sizes: Any) -> "ModelConfig":
+        """T5's choices: buckets of distances, no biases, no scale of the scores; version 1.1 is gated."""
+        choices: dict[str, Any] = {
+            "positions": "relative", "norm_eps": 1e-6, "gated": False, "activation": "relu",
+            "softmax_scale": 1.0, "pad_id": 0, "eos_ids": (1,), "decoder_start_id": 0,
+        }  # fmt: skip
+        if sizes.get("tie_embeddings", True):
+            choices["head_scale"] = sizes["embed_dim"] ** -0.5
+        return cls(**choices | sizes)
+
+    @classmethod
+    def vaswani(cls, **sizes: Any) -> "ModelConfig":
+        """The first Transformer's: sinusoidal positions, norms behind, biases, ReLU, shared embeddings."""
+        choices: dict[str, Any] = {
+            "positions": "sinusoidal", "pre_norm": False, "activation": "relu",
+            "embed_scale": sizes["embed_dim"] ** 0.5,
+        }  # fmt: skip
+        return cls.gpt2(**choices | sizes)

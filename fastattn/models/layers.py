@@ -5,7 +5,7 @@ A layer reads x [B, S, E], or the packed tokens of sequences of different length
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,10 @@ from fastattn.ops.attention import attention
 from fastattn.ops.attention_varlen import attention_varlen
 from fastattn.ops.linear import linear
 from fastattn.ops.rotary import rotary
+from fastattn.weights import attention_weights
+
+if TYPE_CHECKING:
+    from fastattn.models.padding import Padding
 
 
 class Packed(NamedTuple):
@@ -68,6 +72,14 @@ class Embedding(nn.Module):
             self.register_buffer("positions", sinusoids(*shape), persistent=False)
         else:
             self.positions = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # What casts or moves a module goes through here; the table stays in float32.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.config.positions == "sinusoidal" and self.positions is not None:
+            table = sinusoids(self.config.max_positions, self.config.embed_dim)
+            self.positions = table.to(self.positions.device)
+        return self
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """positions: integers, [B, S] or [1, S]. Default: 0 ... S - 1."""
@@ -125,6 +137,7 @@ class Attention(nn.Module):
         packed: Packed | None = None,
         cache: KVCache | None = None,
         bias: Tensor | None = None,
+        padding: "Padding | None" = None,
     ) -> Tensor:
         """x [B, S, E] -> [B, S, E], with the residual added.
 
@@ -132,32 +145,67 @@ class Attention(nn.Module):
             rope: turns queries and keys.
             packed: x is [1, T, E], the tokens of several sequences.
             cache: of this layer, with room reserved; x follows the tokens it has, and is written there.
-            bias: added to the scores, [1, H, S, S].
+            bias: added to the scores, [1, H, S, S]; with a cache [B, H, S, tokens of the longest]. Without
+                rope and packed.
+            padding: with a bias, which has no packed form: x is [1, T, E] all the same.
         """
         config, options = self.config, {**self.options, "alibi_slopes": self.slopes}
-        qkv = linear(x, self.qkv_proj.weight, self.qkv_proj.bias)
-        qkv = qkv.view(*x.shape[:2], -1, config.head_dim)
-        if cache is not None:
+        qkv = self._project(x)
+        if bias is not None:
+            out = self._attend_biased(qkv, bias, cache, padding)
+        elif cache is not None:
             q, k, v = qkv.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=2)
             if rope is not None:
                 options |= {"cos": rope.cos, "sin": rope.sin}
             out = cache.extend(q, k, v, **options)
         else:
-            qk, v = qkv.split([config.num_heads + config.num_kv_heads, config.num_kv_heads], dim=2)
-            if rope is not None:
-                qk = rotary(qk, rope.cos, rope.sin, positions=packed and packed.positions)
-            q, k = qk.split([config.num_heads, config.num_kv_heads], dim=2)
-            weights_dropout_p = config.attention_dropout if self.training else 0.0
+            q, k, v = self._turn(qkv, rope, packed)
+            options["dropout_p"] = config.attention_dropout if self.training else 0.0
             if packed is not None:
                 ends, longest = packed.cu_seqlens, packed.max_seqlen
                 rows = attention_varlen(
-                    q[0], k[0], v[0], ends, ends, max_seqlen_q=longest, max_seqlen_k=longest,
-                    dropout_p=weights_dropout_p, **options,
-                )  # fmt: skip
+                    q[0], k[0], v[0], ends, ends, max_seqlen_q=longest, max_seqlen_k=longest, **options
+                )
                 out = cast(Tensor, rows)[None]
             else:
-                out = cast(Tensor, attention(q, k, v, bias=bias, dropout_p=weights_dropout_p, **options))
+                out = cast(Tensor, attention(q, k, v, **options))
         return project_out(self.out_proj, out, residual, config.dropout if self.training else 0.0)
+
+    def weights(
+        self, x: Tensor, *, rope: RotaryEmbedding | None = None, bias: Tensor | None = None, **chosen: Any
+    ) -> Tensor:
+        """What `forward` gives to each key, [B, heads, rows, S]; chosen: of `attention_weights`."""
+        q, k, _ = self._turn(self._project(x), rope)
+        return attention_weights(q, k, alibi_slopes=self.slopes, bias=bias, **self.options, **chosen)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of [B, S, E], [B, S, H + 2 Hk, D]."""
+        qkv = linear(x, self.qkv_proj.weight, self.qkv_proj.bias)
+        return qkv.view(*x.shape[:2], -1, self.config.head_dim)
+
+    def _turn(self, qkv: Tensor, rope: RotaryEmbedding | None, packed: Packed | None = None) -> list[Tensor]:
+        """q, k and v, the first two turned by their positions."""
+        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        if rope is None:
+            return list(qkv.split([heads, kv_heads, kv_heads], dim=2))
+        qk, v = qkv.split([heads + kv_heads, kv_heads], dim=2)
+        qk = rotary(qk, rope.cos, rope.sin, positions=packed and packed.positions)
+        return [*qk.split([heads, kv_heads], dim=2), v]
+
+    def _attend_biased(
+        self, qkv: Tensor, bias: Tensor, cache: KVCache | None, padding: "Padding | None"
+    ) -> Tensor:
+        """Over padded rows: neither `attention_varlen` nor `attention_decode` takes a bias."""
+        config, mask = self.config, None
+        if padding is not None:
+            qkv, mask = padding.unpack(qkv), padding.mask[:, None, None]
+        q, k, v = qkv.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=2)
+        if cache is not None:
+            cache.extend(q[:, :0], k, v)  # no query: they are written, no more
+            k, v = (x[:, : bias.shape[-1]] for x in (cache.k, cache.v))
+        dropout_p = config.attention_dropout if self.training else 0.0
+        out = cast(Tensor, attention(q, k, v, bias=bias, mask=mask, dropout_p=dropout_p, **self.options))
+        return out if padding is None else padding.pack(out)
 
 
 def project_out(proj: nn.Linear, heads: Tensor, residual: Tensor | None, dropout_p: float) -> Tensor:

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import torch
 
+from fastattn.models.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from fastattn.models.pretrained import Pretrained
+
+__all__ = ["Tokenizer", "from_pretrained", "load_tokenizer"]
 
 
 def from_pretrained(
@@ -16,8 +19,10 @@ def from_pretrained(
     that the model would not do.
 
     Args:
-        path: a folder with config.json and model.safetensors, or model.safetensors.index.json and its shards.
-        dtype: of the weights. Default: the narrowest that holds all that are stored.
+        path: a folder with config.json and model.safetensors, or model.safetensors.index.json and its
+            shards; or a .gguf file.
+        dtype: of the weights. Default: the narrowest that holds all that are stored; quantised ones become
+            float32.
         device: of the weights. Default: torch's.
     Raises:
         FileNotFoundError: something is not there.

@@ -14,17 +14,22 @@ REQUIRED = object()
 
 # Keys that change nothing in what a model computes from tokens.
 UNUSED = {
-    "_attn_implementation", "_name_or_path", "architectures", "auto_map", "bad_words_ids",
+    "_attn_implementation", "_name_or_path", "_num_labels", "architectures", "auto_map", "bad_words_ids",
     "begin_suppress_tokens", "chunk_size_feed_forward", "diversity_penalty", "do_sample", "dtype",
     "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task",
-    "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range", "is_llama_config",
-    "label2id", "length_penalty", "max_length", "min_length", "model_type", "no_repeat_ngram_size",
-    "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
-    "output_scores", "prefix", "pretraining_tp", "problem_type", "remove_invalid_values",
-    "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
-    "task_specific_params", "temperature", "tokenizer_class", "top_k", "top_p", "torch_dtype",
-    "transformers.js_config", "transformers_version", "typical_p", "use_cache",
+    "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "id2label", "initializer_range",
+    "is_llama_config", "label2id", "length_penalty", "max_length", "max_sequence_length", "min_length",
+    "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels",
+    "num_return_sequences", "output_attentions", "output_hidden_states", "output_past", "output_scores",
+    "prefix", "pretraining_tp", "problem_type", "remove_invalid_values", "repetition_penalty",
+    "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params",
+    "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
+    "transformers.js_config", "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version",
+    "use_bfloat16", "use_cache",
 }  # fmt: skip
+
+# Keys that ask for nothing where they are false; families have entries for those that they know.
+_SWITCHES = {"add_cross_attention", "is_decoder", "is_encoder_decoder", "tie_encoder_decoder"}
 
 _ACTIVATIONS = {
     "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
@@ -162,8 +167,10 @@ def read_all(entries: tuple[Entry, ...], json: Json) -> dict[str, Any]:
                 )
             given[name], source[name] = _typed(name, value, key), key
     known = UNUSED.union(*(entry.keys for entry in entries))
-    if unknown := {key: value for key, value in json.items() if key not in known and value is not None}:
-        listed = ", ".join(f"{key} = {value!r}" for key, value in unknown.items())
+    known |= {key for key in _SWITCHES if json.get(key) is False}
+    # Nothing, an empty list and an empty object ask for nothing either.
+    if unknown := {key for key, value in json.items() if key not in known and value not in (None, [], {})}:
+        listed = ", ".join(f"{key} = {json[key]!r}" for key in sorted(unknown))
         raise ValueError(
             f"{listed}: not understood. What changes the computation is not supported; "
             "what does not can be removed from the file"

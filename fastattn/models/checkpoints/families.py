@@ -3,12 +3,16 @@
 from dataclasses import MISSING, fields
 from typing import Any
 
+from fastattn.models.checkpoints.bert import BERT, BERT_MASKED
 from fastattn.models.checkpoints.entries import REQUIRED, Field
 from fastattn.models.checkpoints.family import Family
 from fastattn.models.checkpoints.gpt2 import GPT2
 from fastattn.models.checkpoints.llama import LLAMA, MISTRAL, QWEN2
+from fastattn.models.checkpoints.t5 import T5
 from fastattn.models.config import ModelConfig
 from fastattn.models.decoder_lm import DecoderLM
+from fastattn.models.encoder import Encoder, MaskedLM
+from fastattn.models.encoder_decoder import EncoderDecoder
 from fastattn.models.pretrained import Pretrained
 
 
@@ -26,4 +30,7 @@ def _ours(model: type[Pretrained]) -> Family:
 
 
 # A model is saved as the first that can say its config.
-FAMILIES = (GPT2, LLAMA, QWEN2, MISTRAL, _ours(DecoderLM))
+FAMILIES = (
+    *(GPT2, LLAMA, QWEN2, MISTRAL, BERT, BERT_MASKED, T5),
+    *(_ours(model) for model in (DecoderLM, Encoder, MaskedLM, EncoderDecoder)),
+)

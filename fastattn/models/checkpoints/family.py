@@ -4,8 +4,8 @@ One table is read in both directions, to load and to save.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ TRANSPOSED = Order(lambda x, _: x.mT, lambda x, _: x.mT)
 class Part(NamedTuple):
     """A stored tensor that is a parameter of ours, or some of its rows."""
 
-    name: str  # "{}" stands for a layer's number
+    name: str | Callable[[ModelConfig], str]  # "{}" stands for a layer's number
     rows: Callable[[ModelConfig], int] | None = None  # None: all of them
     order: Order = AS_IS
 
@@ -83,6 +83,8 @@ class Family:
             model does not have, such as a bias, needs nothing. None: the names are ours.
         prefix: of the tensors' names; checkpoints without the head are stored without it.
         unused: a pattern of stored tensors that are no parameters.
+        renamed: patterns of names in old files, and what they are called now.
+        unties: a stored copy of the embedding that differs is a head of its own, whatever the config says.
     """
 
     model_type: str
@@ -93,6 +95,8 @@ class Family:
     tensors: Mapping[str, str | Part | tuple[Part, ...]] | None
     prefix: str = ""
     unused: str = r"$^"
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    unties: bool = False
 
     def read_config(self, json: Json) -> ModelConfig:
         """Raises ValueError where a key is missing, not understood or asks for what models do not do."""
@@ -113,6 +117,17 @@ class Family:
             json[_OURS] = {name: getattr(config, name) for name in differing}
         return json
 
+    def full_names(self, stored: Collection[str]) -> dict[str, str]:
+        """What each stored tensor is called in `tensors`."""
+        now = {}
+        for name in stored:
+            now[name] = name
+            for old, new in self.renamed.items():
+                now[name] = re.sub(old, new, now[name])
+        if any(name.startswith(self.prefix) for name in stored):
+            return now
+        return {name: self.prefix + new for name, new in now.items()}
+
     def pieces(self, name: str, parameter: Tensor, config: ModelConfig) -> Iterator[Piece]:
         """What the parameter of this name is made of."""
         numbers = re.findall(r"\.(\d+)(?=\.)", name)
@@ -124,7 +139,8 @@ class Family:
             stop = parameter.shape[0] if part.rows is None else start + part.rows(config)
             rows = slice(start, stop)
             shape = tuple(part.order.write(parameter[rows], config).shape)
-            yield Piece(part.name.format(*numbers), rows, shape, part.order)
+            stored = part.name(config) if callable(part.name) else part.name
+            yield Piece(stored.format(*numbers), rows, shape, part.order)
             start = stop
 
 

@@ -19,12 +19,16 @@ _LINEAR = {
     "feed_forward.down_proj": _conv1d("mlp.c_proj"),
 }
 
-_CHOICES = {
+CHOICES = {
     "positions": "learned", "norm": "layer_norm", "gated": False, "qkv_bias": True, "out_bias": True,
     "feed_forward_bias": True,
 }  # fmt: skip
 
-_SUMMARY = ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")
+# A summary is what other heads make of the hidden states; the last one is about rounding.
+_UNREAD = (
+    *(f"summary_{name}" for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")),
+    "n_ctx", "n_special", "predict_special_tokens", "reorder_and_upcast_attn",
+)  # fmt: skip
 
 GPT2 = Family(
     model_type="gpt2",
@@ -46,11 +50,10 @@ GPT2 = Family(
         fixed("scale_attn_weights", True),
         fixed("scale_attn_by_inverse_layer_idx", False),
         fixed("add_cross_attention", False),
-        # The last is about rounding; a summary is what other heads make.
-        Unread(("n_ctx", *(f"summary_{name}" for name in _SUMMARY), "reorder_and_upcast_attn")),
+        Unread(_UNREAD),
         *tokens(),
     ),
-    choices=_CHOICES,
+    choices=CHOICES,
     tensors={
         "embedding.tokens.weight": "transformer.wte.weight",
         "embedding.positions": "transformer.wpe.weight",

@@ -1,33 +1,27 @@
-"""From a folder or a file to a model. All is checked before a weight is read."""
+"""From a folder or a file to a model."""
 
-import re
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import reduce
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fastattn.models.checkpoints.families import FAMILIES
-from fastattn.models.checkpoints.family import Family, Piece, parameters
-from fastattn.models.checkpoints.folder import CONFIG, Folder, Stored, read_json
-from fastattn.models.config import ModelConfig
+from fastattn.models.checkpoints.family import Family
+from fastattn.models.checkpoints.fill import Source, fill
+from fastattn.models.checkpoints.folder import CONFIG, Folder, read_json
+from fastattn.models.checkpoints.gguf_families import GGUF_FAMILIES, description
+from fastattn.models.checkpoints.gguf_file import open_gguf
 from fastattn.models.pretrained import Pretrained
 
 Model = TypeVar("Model", bound=Pretrained)
 
 
-class Source(Protocol):
-    """Where tensors come from."""
-
-    stored: dict[str, Stored]
-
-    def read(self, stored: Stored) -> Tensor:
-        """In memory of its own, or to be copied."""
+class _Checkpoint(NamedTuple):
+    file: Path  # that says what it is
+    json: dict[str, Any]
+    families: tuple[Family, ...]
+    open: Callable[[], Source]
 
 
 def load(
@@ -36,30 +30,32 @@ def load(
     """`from_pretrained`, for a model of this kind."""
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating type, got {dtype}")
-    path = Path(path).expanduser()
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"there is no folder {path}. A model of the Hugging Face Hub becomes one by "
-            "huggingface_hub.snapshot_download(name)"
-        )
-    file = path / CONFIG
-    json = read_config(path)
-    family = family_of(file, json)
-    if not issubclass(family.model, kind):
-        raise TypeError(
-            f"{file} says a {family.model_type}, which is a {family.model.__name__}, not a {kind.__name__}"
-        )
+    checkpoint = _find(Path(path).expanduser())
+    file, json = checkpoint.file, checkpoint.json
+    family = _family_of(file, json, checkpoint.families, kind)
     try:
         config = family.read_config(json)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    model = fill(family, config, Folder(path), dtype, device)
-    model.source = json
+    model = fill(family, config, checkpoint.open(), dtype, device)
+    model.source = json if family in FAMILIES else None
     assert isinstance(model, kind)
     return model
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def _find(path: Path) -> _Checkpoint:
+    if path.suffix == ".gguf":
+        opened = open_gguf(path)
+        return _Checkpoint(path, description(opened), GGUF_FAMILIES, lambda: opened)
+    if path.is_dir():
+        return _Checkpoint(path / CONFIG, _config_of(path), FAMILIES, lambda: Folder(path))
+    raise FileNotFoundError(
+        f"there is no folder {path}. A model of the Hugging Face Hub becomes one by "
+        "huggingface_hub.snapshot_download(name)"
+    )
+
+
+def _config_of(path: Path) -> dict[str, Any]:
     """config.json, with what generation_config.json says of the last token, as generation wants it."""
     json = read_json(path / CONFIG)
     if (file := path / "generation_config.json").exists():
@@ -68,102 +64,18 @@ def read_config(path: Path) -> dict[str, Any]:
     return json
 
 
-def family_of(file: Path, json: Mapping[str, Any]) -> Family:
-    """The family that a config.json names."""
-    known = {family.model_type: family for family in FAMILIES}
-    if json.get("model_type") not in known:
-        raise ValueError(
-            f"{file}: model_type must be one of {', '.join(known)}, got {json.get('model_type')!r}"
-        )
-    return known[json["model_type"]]
-
-
-def fill(
-    family: Family,
-    config: ModelConfig,
-    source: Source,
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-) -> Pretrained:
-    """A model with the source's weights; each is read, brought into its type and place, and forgotten."""
-    with _weightless():
-        model = family.model(config)
-    once, again = parameters(model)
-    pieces = {name: list(family.pieces(name, parameter, config)) for name, parameter in once.items()}
-    copies = {name: list(family.pieces(name, once[first], config)) for name, first in again.items()}
-    stored = _under_full_names(family, source.stored)
-    _check(family, source.stored, stored, pieces, copies)
-    if dtype is None:
-        types = (stored[piece.name].dtype for parts in pieces.values() for piece in parts)
-        dtype = reduce(torch.promote_types, filter(None, types))
-
-    def read(parameter: Tensor, parts: list[Piece]) -> nn.Parameter:
-        value = torch.empty(parameter.shape, dtype=dtype, device=device)
-        for piece in parts:
-            value[piece.rows] = piece.order.read(source.read(stored[piece.name]), config)
-        return nn.Parameter(value, parameter.requires_grad)
-
-    weights = {name: read(parameter, pieces[name]) for name, parameter in once.items()}
-    for name, first in again.items():
-        weights[name] = weights[first]
-        has_copy = all(piece.name in stored for piece in copies[name])
-        if has_copy and not torch.equal(read(once[first], copies[name]), weights[first]):
-            place = stored[copies[name][0].name]
-            raise ValueError(f"{place.file}: {place.name} differs from {pieces[first][0].name}, its tie")
-    model.load_state_dict(weights, assign=True)
-    return model.to(device).eval()
-
-
-@contextmanager
-def _weightless() -> Iterator[None]:
-    """Parameters of modules that this thread makes meanwhile have a shape and no memory; buffers are real."""
-    thread = threading.get_ident()
-
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        # One that is registered again is shared by two modules and must stay the same.
-        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
-            return None
-        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-
-    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type] # it may return
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _under_full_names(family: Family, stored: Mapping[str, Stored]) -> Mapping[str, Stored]:
-    """With the prefix that a checkpoint without its head does not have."""
-    if any(name.startswith(family.prefix) for name in stored):
-        return stored
-    return {family.prefix + name: value for name, value in stored.items()}
-
-
-def _check(
-    family: Family,
-    as_found: Mapping[str, Stored],
-    stored: Mapping[str, Stored],
-    pieces: Mapping[str, list[Piece]],
-    copies: Mapping[str, list[Piece]],
-) -> None:
-    """Raises ValueError where a tensor is missing, was not expected, or has another shape or type."""
-    wanted = [piece for parts in pieces.values() for piece in parts]
-    optional = [piece for parts in copies.values() for piece in parts]
-    names = {piece.name for piece in wanted + optional}
-    problems = [f"{piece.name} is missing" for piece in wanted if piece.name not in stored]
-    for name, found in stored.items():
-        if name not in names and not re.fullmatch(family.unused, name):
-            problems.append(f"{found.file.name}: {found.name} was not expected")
-    for piece in wanted + optional:
-        found_piece = stored.get(piece.name)
-        if found_piece is None:
-            continue
-        place = f"{found_piece.file.name}: {found_piece.name}"
-        if found_piece.shape != piece.shape:
-            problems.append(f"{place} must be {list(piece.shape)}, got {list(found_piece.shape)}")
-        if found_piece.dtype is None:
-            problems.append(f"{place} must be of a floating type, got {found_piece.kind}")
-    if problems:
-        where = next((x.file.parent for x in as_found.values()), "the checkpoint")
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{where} does not fit its config: {'; '.join(problems[:5])}{more}")
+def _family_of(
+    file: Path, json: Mapping[str, Any], families: tuple[Family, ...], kind: type[Pretrained]
+) -> Family:
+    """Of several for a model_type the one of the architecture, or the first."""
+    given = json.get("model_type")
+    fitting = [family for family in families if family.model_type == given]
+    if not fitting:
+        known = ", ".join(dict.fromkeys(family.model_type for family in families))
+        raise ValueError(f"{file}: model_type must be one of {known}, got {given!r}")
+    right = [family for family in fitting if issubclass(family.model, kind)]
+    if not right:
+        names = " or ".join(family.model.__name__ for family in fitting)
+        raise TypeError(f"{file} is a {given}: a {names}, not a {kind.__name__}")
+    named = [family for family in right if family.architecture in (json.get("architectures") or ())]
+    return (named or right)[0]

@@ -57,7 +57,7 @@ class Rope:
         if json.get("rope_interleaved"):
             raise ValueError(f"rope_interleaved must be false, got {json['rope_interleaved']!r}")
         given.setdefault("original_max_position_embeddings", json.get("max_position_embeddings"))
-        head_dim = json.get("head_dim") or json["hidden_size"] // json["num_attention_heads"]
+        head_dim = json.get("head_dim") or json["hidden_size"] // max(1, json["num_attention_heads"])
         return {"rotary_base": base, **stretched(kind, head_dim, base, given, name)}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
@@ -81,6 +81,9 @@ def stretched(kind: str, dim: int, base: float, settings: Json, name: str) -> di
         raise ValueError(f"{name} of type {kind} must have {', '.join(sorted(missing))}")
     if unknown := settings.keys() - needed - allowed:
         raise ValueError(f"{name} of type {kind} has what is not understood: {', '.join(sorted(unknown))}")
+    for key, value in settings.items():
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"{name}: {key} must be a number, got {value!r}")
     if kind == "default":
         return {}
     inv_freq = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)

@@ -41,7 +41,8 @@ def _describe(model: Pretrained) -> tuple[Family, dict[str, Any]]:
                 family.model_type == model.source["model_type"]
                 and family.read_config(model.source) == model.config
             ):
-                return family, {key: value for key, value in model.source.items() if key != "torch_dtype"}
+                kept = {key: value for key, value in model.source.items() if key != "torch_dtype"}
+                return family, {**kept, "architectures": [family.architecture]}
     reasons = []
     for family in families:
         try:
