@@ -60,13 +60,15 @@ def check_targets(targets: Tensor, ids: Tensor) -> None:
 
 
 def check_prompts(
-    prompts: Tensor | Sequence[Sequence[int] | Tensor], config: ModelConfig, max_new_tokens: int
+    prompts: Tensor | Sequence[Sequence[int] | Tensor | str], config: ModelConfig, max_new_tokens: int
 ) -> list[list[int]]:
     """Raises where prompts are not tokens of the vocabulary, or leave no positions for new ones."""
     if isinstance(prompts, str) or not isinstance(prompts, Tensor | Sequence):
-        raise TypeError(f"prompts must be a tensor [B, S] or a list of lists, got {type(prompts).__name__}")
+        raise TypeError(f"prompts must be a tensor [B, S] or a list of them, got {type(prompts).__name__}")
     ids: list[list[int]] = []
     for b, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            raise TypeError(f"prompts[{b}] must be ids, since there is no tokenizer, got {prompt!r:.60}")
         row = prompt.tolist() if isinstance(prompt, Tensor) else prompt
         if not isinstance(row, Sequence) or not all(type(token) is int for token in row):
             raise TypeError(f"prompts[{b}] must be a list of integers, got {row!r:.60}")

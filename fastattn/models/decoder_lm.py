@@ -104,7 +104,7 @@ class DecoderLM(Pretrained):
     def generate(
         self, prompts: generation.Prompts, max_new_tokens: int, **options: Any
     ) -> generation.Generated:
-        """New tokens behind prompts: [B, S], or a list of lists of different lengths.
+        """New tokens behind prompts: [B, S], or lists of ids of different lengths, or texts.
 
         Args:
             options: of `fastattn.models.generation.stream`: sampling, stop_ids, stop_strings, tokenizer,

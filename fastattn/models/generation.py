@@ -12,12 +12,12 @@ from fastattn.models.checks import check_prompts, check_prompts_cache
 from fastattn.models.config import ModelConfig
 from fastattn.models.sampling import Sampling, logprobs_of, sample, seen_tokens
 from fastattn.models.step import Step
-from fastattn.models.text import Decodes, TextStream
+from fastattn.models.text import TextStream, TextTokenizer
 
 if TYPE_CHECKING:
     from fastattn.models.decoder_lm import DecoderLM
 
-Prompts = Tensor | Sequence[Sequence[int] | Tensor]
+Prompts = Tensor | Sequence[Sequence[int] | Tensor | str]
 GREEDY = Sampling()
 
 
@@ -91,7 +91,7 @@ def stream(
     sampling: Sampling = GREEDY,
     stop_ids: Sequence[int] | None = None,
     stop_strings: Sequence[str] = (),
-    tokenizer: Decodes | None = None,
+    tokenizer: TextTokenizer | None = None,
     logprobs: bool = False,
     cache: ModelCache | None = None,
     page_size: int | None = None,
@@ -100,12 +100,12 @@ def stream(
     """Yields the next tokens of all sequences, until each has ended. Bad arguments raise at once.
 
     Args:
-        prompts: [B, S] or B of them of any lengths, each with at least one token.
+        prompts: ids [B, S], or B lists of them of any lengths, or with a tokenizer B texts; none empty.
         max_new_tokens: of each sequence.
         sampling: how tokens are chosen. Default: greedy.
         stop_ids: tokens that end a sequence. Default: the config's eos_ids; (): none.
         stop_strings: texts that end a sequence; they need a tokenizer.
-        tokenizer: has `decode(ids, skip_special_tokens=True)`; with it there is text.
+        tokenizer: as `load_tokenizer` gives it; with it there is text.
         logprobs: also tell the log of the probability that the model gave each token.
         cache: holds the first tokens of each prompt, which are not computed again. In the end it holds
             all but the last token of the sequences that ended last, and nothing of the others.
@@ -118,6 +118,8 @@ def stream(
         raise ValueError("model must be in eval mode, got one that drops out values: call model.eval()")
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
+    if tokenizer is not None and isinstance(prompts, Sequence) and not isinstance(prompts, str):
+        prompts = [tokenizer.encode(x) if isinstance(x, str) else x for x in prompts]
     ids = check_prompts(prompts, model.config, max_new_tokens)
     ends = Ends(model.config, ids, max_new_tokens, stop_ids, stop_strings, tokenizer)
     if cache is None:
@@ -142,7 +144,7 @@ class Ends:
         max_new_tokens: int,
         stop_ids: Sequence[int] | None,
         stop_strings: Sequence[str],
-        tokenizer: Decodes | None,
+        tokenizer: TextTokenizer | None,
     ) -> None:
         self.alive = [True] * len(prompts)
         self._left = max_new_tokens
