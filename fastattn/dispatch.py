@@ -135,11 +135,12 @@ def explain(op: Any, /, *args: Any, **kwargs: Any) -> Explanation:
     return verdicts(name, call[0].device, call)
 
 
-def recorder(device: torch.device) -> Callable[[Callable[[], T]], tuple[Callable[[], None], T]] | None:
+def recorder(device: torch.device) -> Callable[[Callable[[], T]], tuple[Callable[[], None] | str, T]] | None:
     """`record` of the first backend of a device that has one, or None.
 
     `record(function)` runs a function that does nothing but launch kernels, on tensors that stay where
-    they are, and returns what runs it again as one call, and the function's result, which that overwrites.
+    they are. It returns what runs it again as one call, and the function's result, which that overwrites;
+    where the function did more, it returns the reason why it cannot be run again, and the result.
     """
     for name in ORDER.get(device.type, ()):
         if (module := backend_module(name, "_program")) is not None:

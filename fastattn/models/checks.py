@@ -50,15 +50,6 @@ def check_ids(
         raise ValueError(f"{name} must be in 0 ... {config.vocab_size - 1}, got {low if low < 0 else high}")
 
 
-def check_targets(targets: Tensor, ids: Tensor) -> None:
-    """Raises where targets are not one class for each of ids; the op looks at what they hold."""
-    check_tensor("targets", targets)
-    if targets.dtype is not torch.int64 or targets.shape != ids.shape:
-        raise ValueError(
-            f"targets must be int64 {list(ids.shape)}, as ids, got {targets.dtype} {list(targets.shape)}"
-        )
-
-
 def check_prompts(
     prompts: Tensor | Sequence[Sequence[int] | Tensor | str], config: ModelConfig, max_new_tokens: int
 ) -> list[list[int]]:
@@ -106,3 +97,12 @@ def check_prompts_cache(prompts: list[list[int]], cache: ModelCache, max_new_tok
     wanted = max(map(len, prompts)) + max_new_tokens - 1
     if wanted > cache.max_length:
         raise ValueError(f"cache must have room for {wanted} tokens of a sequence, got {cache.max_length}")
+
+
+def check_targets(targets: Tensor, ids: Tensor) -> None:
+    """Raises where targets are not one class for each of ids; the op looks at what they hold."""
+    check_tensor("targets", targets)
+    if targets.dtype is not torch.int64 or targets.shape != ids.shape:
+        raise ValueError(
+            f"targets must be int64 {list(ids.shape)}, as ids, got {targets.dtype} {list(targets.shape)}"
+        )

@@ -129,7 +129,8 @@ class DecoderLM(Pretrained):
             options: of `KVCache`: dtype, page_size, num_pages.
         """
         config, like = self.config, self.embedding.tokens.weight
+        length = config.max_positions if max_length is None else max_length
         return ModelCache(
-            config.num_layers, batch_size, max_length or config.max_positions, config.num_kv_heads,
-            config.head_dim, **{"dtype": like.dtype, "device": like.device, **options},
+            config.num_layers, batch_size, length, config.num_kv_heads, config.head_dim,
+            **{"dtype": like.dtype, "device": like.device, **options},
         )  # fmt: skip

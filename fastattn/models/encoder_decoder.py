@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.models import checks
+from fastattn.models import checks, generation
 from fastattn.models.cache import ModelCache
 from fastattn.models.config import ModelConfig
 from fastattn.models.cross_attention import DecoderLayer, Memory
@@ -168,6 +168,30 @@ class EncoderDecoder(Pretrained):
         checks.check_ids(filled, self.config, name="targets")
         return F.pad(filled[:, :-1], (1, 0), value=start)
 
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        mask: Tensor | None = None,
+        *,
+        lengths: Lengths | None = None,
+        **options: Any,
+    ) -> generation.Generated:
+        """Target tokens for sources [B, S], behind decoder_start_id.
+
+        Args:
+            mask, lengths: of the sources, as in `encode`.
+            options: of `fastattn.models.generation.stream`, and on_step, which sees each step as it comes.
+        """
+        start = self.config.decoder_start_id
+        if start is None:
+            raise ValueError("generate needs a config with a decoder_start_id, got None")
+        with torch.inference_mode():
+            memory = self.encode(ids, mask, lengths=lengths)
+        return generation.generate(
+            self, [[start]] * len(ids), max_new_tokens, context={"memory": memory}, **options
+        )
+
     def new_cache(self, batch_size: int, max_length: int | None = None, **options: Any) -> ModelCache:
         """An empty cache of the decoder's own tokens, in the type and on the device of the weights.
 
@@ -179,7 +203,7 @@ class EncoderDecoder(Pretrained):
         given = {name: value for name, value in options.items() if value is not None}
         if given and config.positions == "relative":
             raise ValueError(f"a cache must have no options where positions are relative, got {given}")
-        cache = self._cache(batch_size, max_length or config.max_positions, **options)
+        cache = self._cache(batch_size, config.max_positions if max_length is None else max_length, **options)
         if config.positions == "relative":
             # A bias goes over all rows up to the longest sequence's, and 0 times what is there must be 0.
             for layer in cache.layers:

@@ -16,6 +16,7 @@ from fastattn.models.text import TextStream, TextTokenizer
 
 if TYPE_CHECKING:
     from fastattn.models.decoder_lm import DecoderLM
+    from fastattn.models.encoder_decoder import EncoderDecoder
 
 Prompts = Tensor | Sequence[Sequence[int] | Tensor | str]
 GREEDY = Sampling()
@@ -60,7 +61,7 @@ class Generated:
 
 
 def generate(
-    model: "DecoderLM",
+    model: "DecoderLM | EncoderDecoder",
     prompts: Prompts,
     max_new_tokens: int,
     *,
@@ -84,7 +85,7 @@ def generate(
 
 
 def stream(
-    model: "DecoderLM",
+    model: "DecoderLM | EncoderDecoder",
     prompts: Prompts,
     max_new_tokens: int,
     *,
@@ -96,6 +97,7 @@ def stream(
     cache: ModelCache | None = None,
     page_size: int | None = None,
     cache_dtype: torch.dtype | None = None,
+    context: dict[str, Any] | None = None,
 ) -> Iterator[NextTokens]:
     """Yields the next tokens of all sequences, until each has ended. Bad arguments raise at once.
 
@@ -111,6 +113,7 @@ def stream(
             all but the last token of the sequences that ended last, and nothing of the others.
             Default: a new one.
         page_size, cache_dtype: of the new cache. Default: no pages, the weights' type.
+        context: further arguments of the model's `hidden`, the same in every step.
     Raises:
         ValueError, TypeError: an argument is wrong; names it, what was given and what is allowed.
     """
@@ -131,7 +134,7 @@ def stream(
         raise ValueError("page_size and cache_dtype must be None with a cache: they are of a new one")
     else:
         check_prompts_cache(ids, cache, max_new_tokens)
-    return _steps(model, cache, ids, ends, sampling, logprobs)
+    return _steps(model, cache, ids, ends, sampling, logprobs, context or {})
 
 
 class Ends:
@@ -187,12 +190,13 @@ class Ends:
 
 @torch.inference_mode()
 def _steps(
-    model: "DecoderLM",
+    model: "DecoderLM | EncoderDecoder",
     cache: ModelCache,
     prompts: list[list[int]],
     ends: Ends,
     sampling: Sampling,
     logprobs: bool,
+    context: dict[str, Any],
 ) -> Iterator[NextTokens]:
     device = cache.lengths.device
     generator = sampling.generator(device)
@@ -201,8 +205,8 @@ def _steps(
         seen = seen_tokens(prompts, model.config.vocab_size, device)
     kept = torch.ones_like(cache.lengths)  # 0: the sequence has ended, and goes on as padding
     try:
-        logits = prefill(model, prompts, cache)
-        step = Step(model, cache)
+        logits = prefill(model, prompts, cache, **context)
+        step = Step(model, cache, **context)
         while True:
             tokens = sample(logits, sampling, seen=seen, generator=generator)  # [B]
             chances = logprobs_of(logits, tokens).tolist() if logprobs else None
@@ -220,7 +224,9 @@ def _steps(
         cache.truncate(cache.lengths * kept)
 
 
-def prefill(model: "DecoderLM", prompts: list[list[int]], cache: ModelCache) -> Tensor:
+def prefill(
+    model: "DecoderLM | EncoderDecoder", prompts: list[list[int]], cache: ModelCache, **context: Any
+) -> Tensor:
     """Gives the cache the tokens of the prompts that it has not; the logits [B, V] behind each one's last.
 
     Shorter ones are padded on the right, where no other token sees the padding; then the cache forgets it.
@@ -229,7 +235,7 @@ def prefill(model: "DecoderLM", prompts: list[list[int]], cache: ModelCache) -> 
     new = [prompt[had:] for prompt, had in zip(prompts, cache.lengths.tolist(), strict=True)]
     longest = max(map(len, new))
     padded = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in new], device=device)
-    hidden = model.hidden(padded, cache=cache)  # [B, S, E]
+    hidden = model.hidden(padded, cache=cache, **context)  # [B, S, E]
     cache.truncate(torch.tensor([len(prompt) for prompt in prompts], device=device))
     last = torch.tensor([len(tokens) - 1 for tokens in new], device=device)
     return model.logits(hidden[torch.arange(len(new), device=device), last])

@@ -10,14 +10,11 @@ _CONTEXT = 8  # tokens before the first one that tell how it is joined on
 
 
 class TextTokenizer(Protocol):
-    """A tokenizer, as far as generation needs it: those of `load_tokenizer` and of transformers are.
-
-    The latter keep special tokens in a text.
-    """
+    """A tokenizer, as far as generation needs it: those of `load_tokenizer` and of transformers are."""
 
     def encode(self, text: str) -> list[int]: ...
 
-    def decode(self, ids: list[int]) -> str: ...
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = ...) -> str: ...
 
 
 class TextStream:
@@ -65,7 +62,7 @@ class TextStream:
         return out
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._ids) if self._ids else ""
+        return self._tokenizer.decode(self._ids, skip_special_tokens=True) if self._ids else ""
 
     def _advance(self, text: str) -> str:
         """What text has behind that of the earlier tokens, which are forgotten but for the last few."""

@@ -1,6 +1,7 @@
 """Generation: a batch like each prompt alone, every way to end, streams, caches that go on, clear errors."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -33,8 +34,8 @@ class Letters:
     def encode(self, text: str) -> list[int]:
         return [ord(x) - 48 for x in text]
 
-    def decode(self, ids: list[int]) -> str:
-        return "".join(chr(48 + i) for i in ids if i != 63)
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return "".join(chr(48 + i) for i in ids if i != 63 or not skip_special_tokens)
 
 
 def model_of(kind: str = "llama", **changes: Any) -> DecoderLM:

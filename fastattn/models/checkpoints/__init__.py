@@ -4,10 +4,11 @@ from pathlib import Path
 
 import torch
 
+from fastattn.models.checkpoints.packages import packaged_model
 from fastattn.models.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from fastattn.models.pretrained import Pretrained
 
-__all__ = ["Tokenizer", "from_pretrained", "load_tokenizer"]
+__all__ = ["Tokenizer", "from_pretrained", "load_tokenizer", "packaged_model"]
 
 
 def from_pretrained(

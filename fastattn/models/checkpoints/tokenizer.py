@@ -49,9 +49,9 @@ class Tokenizer:
         ids: list[int] = self.backend.encode(text, add_special_tokens=special).ids
         return ids
 
-    def decode(self, ids: Sequence[int], special: bool = False) -> str:
-        """The text of ids, with or without special tokens."""
-        text: str = self.backend.decode(list(ids), skip_special_tokens=not special)
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of ids, without special tokens or with them."""
+        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def id_of(self, token: str) -> int | None:
