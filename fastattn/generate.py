@@ -171,8 +171,11 @@ class Writer:
         }  # fmt: skip
         self.cache_dtype = _DTYPES.get(args.cache_dtype)
 
-    def write(self, ids: list[int], cache: "ModelCache | None" = None) -> str:
-        """The new text behind these tokens, of which a cache may hold the first ones."""
+    def write(self, ids: list[int], cache: "ModelCache | None" = None) -> tuple[str, list[int]]:
+        """The new text behind these tokens, of which a cache may hold the first ones, and its tokens.
+
+        In a conversation Ctrl-C ends it early.
+        """
         most = self._max_tokens
         if cache is not None:
             most = min(most, cache.max_length - len(ids))
@@ -182,18 +185,22 @@ class Writer:
         had = 0 if cache is None else int(cache.lengths[0])
         start = last = time.perf_counter()
         steps = _checked(lambda: self.model.stream([ids], most, **self._options, **options))
-        text, count = "", 0
-        for step in steps:
-            last = time.perf_counter()
-            if count == 0:
-                self._read_seconds, start = self._read_seconds + last - start, last
-            count += 1
-            text += step.texts[0]
-            print(step.texts[0], end="", flush=True)
+        text, tokens = "", list[int]()
+        try:
+            for step in steps:
+                last = time.perf_counter()
+                if not tokens:
+                    self._read_seconds, start = self._read_seconds + last - start, last
+                text += step.texts[0]
+                tokens.append(step.tokens[0])
+                print(step.texts[0], end="", flush=True)
+        except KeyboardInterrupt:
+            if cache is None or not tokens:
+                raise
         print()
-        self.read, self.made = self.read + len(ids) - had, self.made + count - 1
+        self.read, self.made = self.read + len(ids) - had, self.made + len(tokens) - 1
         self._made_seconds += last - start
-        return text
+        return text, tokens
 
     def speed(self) -> str:
         """One line."""
@@ -211,7 +218,7 @@ def _chat(writer: Writer, first: str | None, args: argparse.Namespace) -> None:
     room = min(args.context, model.config.max_positions)
     options = {} if writer.cache_dtype is None else {"dtype": writer.cache_dtype}
     cache = _checked(lambda: model.new_cache(1, room, **options))
-    known: list[int] = []  # the tokens that the cache holds, and perhaps more
+    known: list[int] = []  # the tokens that the cache holds, and one more
     for message in _messages(first):
         if message == "/reset":
             messages = list(start)
@@ -221,9 +228,9 @@ def _chat(writer: Writer, first: str | None, args: argparse.Namespace) -> None:
         ids = tokenizer.encode(text, special=False)
         same = next((i for i, (a, b) in enumerate(zip(ids, known, strict=False)) if a != b), len(known))
         cache.truncate(min(same, int(cache.lengths[0]), len(ids) - 1))
-        answer = writer.write(ids, cache)
+        answer, tokens = writer.write(ids, cache)
         messages.append({"role": "assistant", "content": answer})
-        known = ids + tokenizer.encode(answer, special=False)
+        known = ids + tokens  # the text of an answer may be other tokens than those that were written
 
 
 def _messages(first: str | None) -> Iterator[str]:
