@@ -8,7 +8,8 @@ from fastattn.models.cross_attention import Memory
 from fastattn.models.decoder_lm import DecoderLM
 from fastattn.models.encoder import Encoder, MaskedLM, pool
 from fastattn.models.encoder_decoder import EncoderDecoder
-from fastattn.models.generation import Generated, NextTokens
+from fastattn.models.ends import NextTokens
+from fastattn.models.generation import Generated
 from fastattn.models.layers import Packed
 from fastattn.models.padding import Padding
 from fastattn.models.sampling import Sampling

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastattn.models import checks, generation
 from fastattn.models.cache import ModelCache
 from fastattn.models.config import ModelConfig
+from fastattn.models.ends import NextTokens
 from fastattn.models.layers import Embedding, Layer, Packed, initialise, make_norm, make_rope
 from fastattn.models.pretrained import Pretrained
 from fastattn.ops.linear import linear
@@ -108,7 +109,8 @@ class DecoderLM(Pretrained):
 
         Args:
             options: of `fastattn.models.generation.stream`: sampling, stop_ids, stop_strings, tokenizer,
-                logprobs, cache, page_size, cache_dtype; and on_step, which sees each step as it comes.
+                logprobs, cache, page_size, cache_dtype, draft, draft_tokens; and on_step, which sees each
+                step as it comes.
 
         Example:
             >>> model.generate([[5, 7, 1], [8]], 20, sampling=Sampling(temperature=0.8, seed=0)).tokens
@@ -117,7 +119,7 @@ class DecoderLM(Pretrained):
 
     def stream(
         self, prompts: generation.Prompts, max_new_tokens: int, **options: Any
-    ) -> Iterator[generation.NextTokens]:
+    ) -> Iterator[NextTokens]:
         """The steps of `generate`, one at a time."""
         return generation.stream(self, prompts, max_new_tokens, **options)
 
