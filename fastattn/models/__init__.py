@@ -1,6 +1,7 @@
 """The thin Transformer: models that are built from fastattn's ops and modules."""
 
 from fastattn.models.attention_maps import attention_maps
+from fastattn.models.beam_search import Beam
 from fastattn.models.cache import ModelCache
 from fastattn.models.checkpoints import Tokenizer, from_pretrained, load_tokenizer
 from fastattn.models.config import ModelConfig
@@ -16,6 +17,7 @@ from fastattn.models.sampling import Sampling
 from fastattn.models.step import Step
 
 __all__ = [
+    "Beam",
     "DecoderLM",
     "Encoder",
     "EncoderDecoder",

@@ -1,12 +1,13 @@
 """A decoder-only language model: GPT-2, Llama, SmolLM2, Qwen2 and their kin, by config."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastattn.models import checks, generation
+from fastattn.models.beam_search import Beam, beam_search
 from fastattn.models.cache import ModelCache
 from fastattn.models.config import ModelConfig
 from fastattn.models.ends import NextTokens
@@ -122,6 +123,17 @@ class DecoderLM(Pretrained):
     ) -> Iterator[NextTokens]:
         """The steps of `generate`, one at a time."""
         return generation.stream(self, prompts, max_new_tokens, **options)
+
+    def beam_search(
+        self, prompts: Tensor | Sequence[Sequence[int] | Tensor], max_new_tokens: int, num_beams: int = 4,
+        **options: Any,
+    ) -> list[list[Beam]]:  # fmt: skip
+        """The likeliest ways on from each prompt, best first.
+
+        Args:
+            options: of `fastattn.models.beam_search.beam_search`: length_penalty, stop_ids, cache_dtype.
+        """
+        return beam_search(self, prompts, max_new_tokens, num_beams, **options)
 
     def new_cache(self, batch_size: int, max_length: int | None = None, **options: Any) -> ModelCache:
         """An empty cache, in the type and on the device of the weights.

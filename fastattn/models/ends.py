@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fastattn.models.checks import check_stop_ids
 from fastattn.models.config import ModelConfig
 from fastattn.models.text import TextStream, TextTokenizer
 
@@ -35,10 +36,7 @@ class Ends:
     ) -> None:
         self.alive = [True] * len(prompts)
         self.left = [max_new_tokens] * len(prompts)
-        self._stop_ids = frozenset(config.eos_ids if stop_ids is None else stop_ids)
-        for stop in self._stop_ids:
-            if not 0 <= stop < config.vocab_size:
-                raise ValueError(f"stop_ids must be in 0 ... {config.vocab_size - 1}, got {stop}")
+        self._stop_ids = check_stop_ids(stop_ids, config)
         if isinstance(stop_strings, str) or not all(stop_strings):
             raise ValueError(f"stop_strings must be a list of texts, none empty, got {stop_strings!r}")
         if stop_strings and tokenizer is None:

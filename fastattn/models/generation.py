@@ -116,8 +116,6 @@ def stream(
     """
     if model.training and model.config.dropout:
         raise ValueError("model must be in eval mode, got one that drops out values: call model.eval()")
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
     if tokenizer is not None and isinstance(prompts, Sequence) and not isinstance(prompts, str):
         prompts = [tokenizer.encode(x) if isinstance(x, str) else x for x in prompts]
     ids = check_prompts(prompts, model.config, max_new_tokens)
