@@ -62,16 +62,16 @@ struct AttentionParams {
   Strided dq_sum;  // workspace, float [B, Sq, H, D]; dq itself where its type is float
 
   int64_t count() const { return sequences.ragged() ? sequences.count : batch; }
-  int64_t groups() const { return nheads_k ? nheads / nheads_k : 1; }
+  constexpr int64_t groups() const { return nheads_k ? nheads / nheads_k : 1; }
   int64_t rows() const { return groups() * seqlen_q; }  // query rows of one KV head
 
   // The keys [begin, end) that query i of a sequence may see by causality and window.
-  int64_t visible_begin(int64_t i) const {
+  constexpr int64_t visible_begin(int64_t i) const {
     if (window_left < 0) return 0;
     const int64_t at = i + seqlen_k - seqlen_q - window_left;
     return at < 0 ? 0 : (at < seqlen_k ? at : seqlen_k);
   }
-  int64_t visible_end(int64_t i) const {
+  constexpr int64_t visible_end(int64_t i) const {
     if (window_right < 0) return seqlen_k;
     const int64_t at = i + seqlen_k - seqlen_q + window_right + 1;
     return at < 0 ? 0 : (at < seqlen_k ? at : seqlen_k);
@@ -97,5 +97,7 @@ void attention_fwd_cpu(const AttentionParams& p, int threads);
 void attention_bwd_cpu(const AttentionParams& p, int threads);
 // Updates the cache, then runs forward on it; sequences.seqlens_k counts the new keys too.
 void attention_decode_cpu(const AttentionParams& p, const CacheUpdate& update, int threads);
+// out and lse of a dense batch on a CUDA device, in order with what else is on the stream.
+void attention_fwd_cuda(const AttentionParams& p, void* stream);
 
 }  // namespace fastattn

@@ -50,6 +50,7 @@ MAX_LINES = {".py": 400, ".inl.h": 600, ".cuh": 600, ".cpp": 250, ".h": 250, ".c
 LONGER: dict[str, tuple[int, str]] = {}
 
 MACROS = {
+    "__launch_bounds__": "nvcc's own; on the host it says nothing",
     "FASTATTN_CUDA_CHECK": "names the file and line of a failing CUDA call",
     "FASTATTN_TEXT": "the tier's name as text; only the preprocessor can do that",
     "FASTATTN_TEXT_OF": "expands FASTATTN_TEXT's argument first",
