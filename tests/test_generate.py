@@ -1,6 +1,7 @@
 """`python -m fastattn generate`: prompts, conversations, and what it refuses."""
 
 import io
+import shutil
 
 import pytest
 import torch
@@ -88,6 +89,11 @@ def test_options_reach_the_generator(generate):
         torch.set_num_threads(threads)
 
 
+def test_a_draft_changes_nothing_but_the_speed(generate, folder):
+    wanted = greedy(folder, "hello", 9) + "\n"
+    assert generate("--prompt", "hello", "--max-tokens", 9, "--draft", folder)[:2] == (0, wanted)
+
+
 def test_a_conversation_computes_only_what_is_new(generate, folder):
     _, out, err = generate("--chat", "--system", "be kind", "--max-tokens", 6, text="hi\nwho?\n\n")
     start = "s:be kind;u:hi;a:"
@@ -96,6 +102,46 @@ def test_a_conversation_computes_only_what_is_new(generate, folder):
     assert out == f"{first}\n{greedy(folder, whole, 6)}\n"
     # The second turn reads on behind the first answer, whose last token was not computed yet.
     assert err.startswith(f"({len(load_tokenizer(folder).encode(whole)) - 5} tokens read")
+
+
+def test_an_answer_is_read_again_where_its_text_is_other_tokens(folder, generate, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    model = DecoderLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3) if p.ndim > 1 else None
+    model.save_pretrained(tmp_path)  # its bytes vary, and are no characters
+    first = greedy(tmp_path, "u:hi;a:", 6)
+    assert "\ufffd" in first
+    second = greedy(tmp_path, f"u:hi;a:{first};u:who?;a:", 6)
+    out = generate("--model", tmp_path, "--chat", "--max-tokens", 6, text="hi\nwho?\n")[1]
+    assert out == f"{first}\n{second}\n"
+
+
+def test_an_answer_can_be_interrupted(folder, generate, monkeypatch):
+    stream = DecoderLM.stream
+
+    def interrupted(*args, **options):
+        for count, step in enumerate(stream(*args, **options)):
+            if count == 2 and interruptions.pop():
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(DecoderLM, "stream", interrupted)
+    interruptions = [False, True]
+    first = greedy(folder, "u:hi;a:", 2)
+    second = greedy(folder, f"u:hi;a:{first};u:who?;a:", 4)
+    assert generate("--chat", "--max-tokens", 4, text="hi\nwho?\n")[:2] == (0, f"{first}\n{second}\n")
+    interruptions = [True]
+    assert generate("--prompt", "hi")[0] == 130
+
+
+def test_each_answer_draws_anew(generate):
+    args = ("--chat", "--max-tokens", 20, "--temperature", 2, "--seed", 1)
+    once = generate(*args, text="hi\n")[1]
+    twice = generate(*args, text="hi\n/reset\nhi\n")[1]
+    assert twice.startswith(once) and twice != once * 2
+    assert generate(*args, text="hi\n/reset\nhi\n")[1] == twice
 
 
 def test_a_reset_forgets(generate):
@@ -120,6 +166,7 @@ def test_a_reset_forgets(generate):
             ["--chat", "--prompt", "a" * 40, "--context", "30"],
             "the conversation has 45 tokens and --context is 30",
         ),
+        (["--prompt", "a", "--draft", "/no/such/draft"], "there is no folder /no/such/draft"),
         (["--chat", "--prompt", "a", "--context", "0"], "max_length must be at least 1, got 0"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

@@ -1,6 +1,7 @@
 """The thin Transformer: models that are built from fastattn's ops and modules."""
 
 from fastattn.models.attention_maps import attention_maps
+from fastattn.models.beam_search import Beam
 from fastattn.models.cache import ModelCache
 from fastattn.models.checkpoints import Tokenizer, from_pretrained, load_tokenizer
 from fastattn.models.config import ModelConfig
@@ -8,13 +9,15 @@ from fastattn.models.cross_attention import Memory
 from fastattn.models.decoder_lm import DecoderLM
 from fastattn.models.encoder import Encoder, MaskedLM, pool
 from fastattn.models.encoder_decoder import EncoderDecoder
-from fastattn.models.generation import Generated, NextTokens
+from fastattn.models.ends import NextTokens
+from fastattn.models.generation import Generated
 from fastattn.models.layers import Packed
 from fastattn.models.padding import Padding
 from fastattn.models.sampling import Sampling
 from fastattn.models.step import Step
 
 __all__ = [
+    "Beam",
     "DecoderLM",
     "Encoder",
     "EncoderDecoder",

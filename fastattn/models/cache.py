@@ -77,6 +77,21 @@ class ModelCache:
         """Forgets everything, and keeps the memory."""
         self.truncate(0)
 
+    def repeat(self, copies: int) -> "ModelCache":
+        """A new cache with each sequence so many times, one copy after the other; dense caches."""
+        first = self._first
+        if first.block_table is not None:
+            raise ValueError("repeat needs a cache without pages")
+        sizes = (len(self), self.batch_size * copies, self.max_length, *first.k.shape[2:])
+        out = ModelCache(*sizes, dtype=first.k.dtype, device=first.k.device)
+        out.lengths.copy_(self.lengths.repeat_interleave(copies))
+        longest = int(self.lengths.max())
+        for new, old in zip(out.layers, self.layers, strict=True):
+            for name in ("k", "v", "k_scale", "v_scale"):
+                if (x := getattr(old, name)) is not None:
+                    getattr(new, name)[:, :longest] = x[:, :longest].repeat_interleave(copies, 0)
+        return out
+
     def reorder(self, sequences: Tensor) -> None:
         """Sequence b becomes a copy of what sequences[b] was, as beam search wants it; dense caches."""
         if self._first.block_table is not None:

@@ -51,13 +51,17 @@ def check_ids(
 
 
 def check_prompts(
-    prompts: Tensor | Sequence[Sequence[int] | Tensor], config: ModelConfig, max_new_tokens: int
+    prompts: Tensor | Sequence[Sequence[int] | Tensor | str], config: ModelConfig, max_new_tokens: int
 ) -> list[list[int]]:
     """Raises where prompts are not tokens of the vocabulary, or leave no positions for new ones."""
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
     if isinstance(prompts, str) or not isinstance(prompts, Tensor | Sequence):
-        raise TypeError(f"prompts must be a tensor [B, S] or a list of lists, got {type(prompts).__name__}")
+        raise TypeError(f"prompts must be a tensor [B, S] or a list of them, got {type(prompts).__name__}")
     ids: list[list[int]] = []
     for b, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            raise TypeError(f"prompts[{b}] must be ids, since there is no tokenizer, got {prompt!r:.60}")
         row = prompt.tolist() if isinstance(prompt, Tensor) else prompt
         if not isinstance(row, Sequence) or not all(type(token) is int for token in row):
             raise TypeError(f"prompts[{b}] must be a list of integers, got {row!r:.60}")
@@ -81,6 +85,15 @@ def check_prompts(
             f"max_positions={config.max_positions}, got {max_new_tokens}"
         )
     return ids
+
+
+def check_stop_ids(stop_ids: Sequence[int] | None, config: ModelConfig) -> frozenset[int]:
+    """Raises where they are not tokens of the vocabulary; None: the config's eos_ids."""
+    found = frozenset(config.eos_ids if stop_ids is None else stop_ids)
+    for stop in found:
+        if not 0 <= stop < config.vocab_size:
+            raise ValueError(f"stop_ids must be in 0 ... {config.vocab_size - 1}, got {stop}")
+    return found
 
 
 def check_prompts_cache(prompts: list[list[int]], cache: ModelCache, max_new_tokens: int) -> None:

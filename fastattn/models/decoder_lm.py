@@ -1,14 +1,16 @@
 """A decoder-only language model: GPT-2, Llama, SmolLM2, Qwen2 and their kin, by config."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastattn.models import checks, generation
+from fastattn.models.beam_search import Beam, beam_search
 from fastattn.models.cache import ModelCache
 from fastattn.models.config import ModelConfig
+from fastattn.models.ends import NextTokens
 from fastattn.models.layers import Embedding, Layer, Packed, initialise, make_norm, make_rope
 from fastattn.models.pretrained import Pretrained
 from fastattn.ops.linear import linear
@@ -104,11 +106,12 @@ class DecoderLM(Pretrained):
     def generate(
         self, prompts: generation.Prompts, max_new_tokens: int, **options: Any
     ) -> generation.Generated:
-        """New tokens behind prompts: [B, S], or a list of lists of different lengths.
+        """New tokens behind prompts: [B, S], or lists of ids of different lengths, or texts.
 
         Args:
             options: of `fastattn.models.generation.stream`: sampling, stop_ids, stop_strings, tokenizer,
-                logprobs, cache, page_size, cache_dtype; and on_step, which sees each step as it comes.
+                logprobs, cache, page_size, cache_dtype, draft, draft_tokens; and on_step, which sees each
+                step as it comes.
 
         Example:
             >>> model.generate([[5, 7, 1], [8]], 20, sampling=Sampling(temperature=0.8, seed=0)).tokens
@@ -117,9 +120,20 @@ class DecoderLM(Pretrained):
 
     def stream(
         self, prompts: generation.Prompts, max_new_tokens: int, **options: Any
-    ) -> Iterator[generation.NextTokens]:
+    ) -> Iterator[NextTokens]:
         """The steps of `generate`, one at a time."""
         return generation.stream(self, prompts, max_new_tokens, **options)
+
+    def beam_search(
+        self, prompts: Tensor | Sequence[Sequence[int] | Tensor], max_new_tokens: int, num_beams: int = 4,
+        **options: Any,
+    ) -> list[list[Beam]]:  # fmt: skip
+        """The likeliest ways on from each prompt, best first.
+
+        Args:
+            options: of `fastattn.models.beam_search.beam_search`: length_penalty, stop_ids, cache_dtype.
+        """
+        return beam_search(self, prompts, max_new_tokens, num_beams, **options)
 
     def new_cache(self, batch_size: int, max_length: int | None = None, **options: Any) -> ModelCache:
         """An empty cache, in the type and on the device of the weights.

@@ -2,33 +2,26 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastattn.models.cache import ModelCache
 from fastattn.models.checks import check_prompts, check_prompts_cache
-from fastattn.models.config import ModelConfig
+from fastattn.models.ends import Ends, NextTokens
+from fastattn.models.prefill import prefill
 from fastattn.models.sampling import Sampling, logprobs_of, sample, seen_tokens
+from fastattn.models.speculative import check_draft, speculate
 from fastattn.models.step import Step
-from fastattn.models.text import Decodes, TextStream
+from fastattn.models.text import TextTokenizer
 
 if TYPE_CHECKING:
     from fastattn.models.decoder_lm import DecoderLM
     from fastattn.models.encoder_decoder import EncoderDecoder
 
-Prompts = Tensor | Sequence[Sequence[int] | Tensor]
+Prompts = Tensor | Sequence[Sequence[int] | Tensor | str]
 GREEDY = Sampling()
-
-
-class NextTokens(NamedTuple):
-    """What one step brings, an entry for each of the B sequences."""
-
-    tokens: list[int | None]  # None: the sequence had ended before
-    logprobs: list[float | None] | None  # of the tokens; None where not asked for
-    texts: list[str] | None  # what can be read now; None without a tokenizer
-    reasons: list[str | None]  # "stop" or "length" where the token is the sequence's last
 
 
 @dataclass
@@ -92,37 +85,43 @@ def stream(
     sampling: Sampling = GREEDY,
     stop_ids: Sequence[int] | None = None,
     stop_strings: Sequence[str] = (),
-    tokenizer: Decodes | None = None,
+    tokenizer: TextTokenizer | None = None,
     logprobs: bool = False,
     cache: ModelCache | None = None,
     page_size: int | None = None,
     cache_dtype: torch.dtype | None = None,
+    draft: "DecoderLM | None" = None,
+    draft_tokens: int = 4,
     context: dict[str, Any] | None = None,
 ) -> Iterator[NextTokens]:
     """Yields the next tokens of all sequences, until each has ended. Bad arguments raise at once.
 
     Args:
-        prompts: [B, S] or B of them of any lengths, each with at least one token.
+        prompts: ids [B, S], or B lists of them of any lengths, or with a tokenizer B texts; none empty.
         max_new_tokens: of each sequence.
         sampling: how tokens are chosen. Default: greedy.
         stop_ids: tokens that end a sequence. Default: the config's eos_ids; (): none.
         stop_strings: texts that end a sequence; they need a tokenizer.
-        tokenizer: has `decode(ids, skip_special_tokens=True)`; with it there is text.
+        tokenizer: as `load_tokenizer` gives it; with it there is text.
         logprobs: also tell the log of the probability that the model gave each token.
         cache: holds the first tokens of each prompt, which are not computed again. In the end it holds
             all but the last token of the sequences that ended last, and nothing of the others.
             Default: a new one.
         page_size, cache_dtype: of the new cache. Default: no pages, the weights' type.
+        draft: a smaller model of the same vocabulary, which guesses; nothing else changes but the speed.
+        draft_tokens: guesses at a time.
         context: further arguments of the model's `hidden`, the same in every step.
     Raises:
         ValueError, TypeError: an argument is wrong; names it, what was given and what is allowed.
     """
     if model.training and model.config.dropout:
         raise ValueError("model must be in eval mode, got one that drops out values: call model.eval()")
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
+    if tokenizer is not None and isinstance(prompts, Sequence) and not isinstance(prompts, str):
+        prompts = [tokenizer.encode(x) if isinstance(x, str) else x for x in prompts]
     ids = check_prompts(prompts, model.config, max_new_tokens)
     ends = Ends(model.config, ids, max_new_tokens, stop_ids, stop_strings, tokenizer)
+    if draft is not None:
+        check_draft(draft, model.config.vocab_size, ids, max_new_tokens, draft_tokens)
     if cache is None:
         options: dict[str, Any] = {"page_size": page_size}
         if cache_dtype is not None:
@@ -132,58 +131,9 @@ def stream(
         raise ValueError("page_size and cache_dtype must be None with a cache: they are of a new one")
     else:
         check_prompts_cache(ids, cache, max_new_tokens)
+    if draft is not None:
+        return speculate(model, draft, cache, ids, ends, sampling, logprobs, draft_tokens, context or {})
     return _steps(model, cache, ids, ends, sampling, logprobs, context or {})
-
-
-class Ends:
-    """Knows which sequences go on (`alive`), when each ends, and its text until then."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        prompts: list[list[int]],
-        max_new_tokens: int,
-        stop_ids: Sequence[int] | None,
-        stop_strings: Sequence[str],
-        tokenizer: Decodes | None,
-    ) -> None:
-        self.alive = [True] * len(prompts)
-        self._left = max_new_tokens
-        self._stop_ids = frozenset(config.eos_ids if stop_ids is None else stop_ids)
-        for stop in self._stop_ids:
-            if not 0 <= stop < config.vocab_size:
-                raise ValueError(f"stop_ids must be in 0 ... {config.vocab_size - 1}, got {stop}")
-        if isinstance(stop_strings, str) or not all(stop_strings):
-            raise ValueError(f"stop_strings must be a list of texts, none empty, got {stop_strings!r}")
-        if stop_strings and tokenizer is None:
-            raise ValueError("tokenizer must be given with stop_strings, got None")
-        self._texts: list[TextStream] | None = None
-        if tokenizer is not None:
-            self._texts = [TextStream(tokenizer, prompt, stop_strings) for prompt in prompts]
-
-    def take(self, tokens: list[int], logprobs: list[float] | None) -> NextTokens:
-        """A token of each sequence; those of sequences that have ended are passed over."""
-        self._left -= 1
-        rows = range(len(tokens))
-        out = NextTokens(
-            tokens=[token if self.alive[b] else None for b, token in enumerate(tokens)],
-            logprobs=None if logprobs is None else [logprobs[b] if self.alive[b] else None for b in rows],
-            texts=None if self._texts is None else ["" for _ in rows],
-            reasons=[None for _ in rows],
-        )
-        for b, token in enumerate(out.tokens):
-            if token is None:
-                continue
-            text = None if self._texts is None else self._texts[b]
-            new = "" if text is None else text.put(token)
-            stop = token in self._stop_ids or (text is not None and text.stopped)
-            if stop or not self._left:
-                self.alive[b] = False
-                out.reasons[b] = "stop" if stop else "length"
-                new += "" if text is None else text.end()
-            if out.texts is not None:
-                out.texts[b] = new
-        return out
 
 
 @torch.inference_mode()
@@ -220,20 +170,3 @@ def _steps(
             logits = step(tokens)
     finally:
         cache.truncate(cache.lengths * kept)
-
-
-def prefill(
-    model: "DecoderLM | EncoderDecoder", prompts: list[list[int]], cache: ModelCache, **context: Any
-) -> Tensor:
-    """Gives the cache the tokens of the prompts that it has not; the logits [B, V] behind each one's last.
-
-    Shorter ones are padded on the right, where no other token sees the padding; then the cache forgets it.
-    """
-    device = cache.lengths.device
-    new = [prompt[had:] for prompt, had in zip(prompts, cache.lengths.tolist(), strict=True)]
-    longest = max(map(len, new))
-    padded = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in new], device=device)
-    hidden = model.hidden(padded, cache=cache, **context)  # [B, S, E]
-    cache.truncate(torch.tensor([len(prompt) for prompt in prompts], device=device))
-    last = torch.tensor([len(tokens) - 1 for tokens in new], device=device)
-    return model.logits(hidden[torch.arange(len(new), device=device), last])

@@ -74,15 +74,27 @@ def sample(
         seen: bool [B, V], the tokens that the repetition penalty is for (`seen_tokens`).
         generator: of the random numbers, on the logits' device.
     """
-    if sampling.repetition_penalty != 1.0:
-        logits = penalise(logits.float(), sampling.repetition_penalty, seen)
     if sampling.temperature == 0.0:
-        return logits.argmax(-1)
+        return penalise(logits, sampling.repetition_penalty, seen).argmax(-1)
+    return draw(probabilities(logits, sampling, seen), generator)
+
+
+def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
+    """What `sample` draws from, float32 [B, V]; greedy, all is on one token."""
+    logits = penalise(logits, sampling.repetition_penalty, seen)
+    if sampling.temperature == 0.0:
+        likeliest = logits.argmax(-1, keepdim=True)
+        return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, likeliest, 1.0)
+    return warp(logits, sampling).softmax(-1)
+
+
+def draw(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """A token [B] of each row of weights [B, V], of any sum over 0."""
     # One random number a sequence: `torch.multinomial` draws one for each token of the vocabulary. Sums in
     # float64 keep the product below the last one.
-    sums = warp(logits, sampling).softmax(-1).cumsum(-1, dtype=torch.float64)
-    draw = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=generator)
-    return torch.searchsorted(sums, draw * sums[:, -1:], right=True)[:, 0]
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    shares = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=generator)
+    return torch.searchsorted(sums, shares * sums[:, -1:], right=True)[:, 0]
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -102,10 +114,13 @@ def seen_tokens(prompts: list[list[int]], vocab_size: int, device: torch.device)
     return seen.to(device)
 
 
-def penalise(scores: Tensor, penalty: float, seen: Tensor | None) -> Tensor:
-    """scores [B, V] with those of seen tokens made less likely; a penalty under 1 makes them more so."""
+def penalise(logits: Tensor, penalty: float, seen: Tensor | None) -> Tensor:
+    """logits [B, V], and where the penalty is not 1 those of seen tokens made less likely, in float32."""
+    if penalty == 1.0:
+        return logits
     if seen is None:
         raise ValueError("seen must say which tokens were there, for a repetition_penalty; got None")
+    scores = logits.float()
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 

@@ -9,8 +9,10 @@ _MOST_BYTES = 4  # of a character in UTF-8, and so the most tokens that one can 
 _CONTEXT = 8  # tokens before the first one that tell how it is joined on
 
 
-class Decodes(Protocol):
-    """A tokenizer, as far as this file needs it: those of transformers and of tokenizers are."""
+class TextTokenizer(Protocol):
+    """A tokenizer, as far as generation needs it: those of `load_tokenizer` and of transformers are."""
+
+    def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = ...) -> str: ...
 
@@ -22,7 +24,7 @@ class TextStream:
     it is decoded behind the ones before it, and text comes out when it is certain.
 
     Args:
-        tokenizer: has `decode(ids, skip_special_tokens=True)`.
+        tokenizer: turns ids into text.
         context: tokens before the first one.
         stop_strings: the text ends before the first of them.
     Attributes:
@@ -31,7 +33,7 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Decodes, context: Sequence[int] = (), stop_strings: Sequence[str] = ()
+        self, tokenizer: TextTokenizer, context: Sequence[int] = (), stop_strings: Sequence[str] = ()
     ) -> None:
         self.text, self.stopped = "", False
         self._tokenizer, self._stop_strings = tokenizer, stop_strings

@@ -1,6 +1,7 @@
 """Generation: a batch like each prompt alone, every way to end, streams, caches that go on, clear errors."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -30,7 +31,10 @@ kinds = pytest.mark.parametrize("kind", list(CONFIGS))
 class Letters:
     """A tokenizer of single characters; token 63 is special."""
 
-    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+    def encode(self, text: str) -> list[int]:
+        return [ord(x) - 48 for x in text]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return "".join(chr(48 + i) for i in ids if i != 63 or not skip_special_tokens)
 
 
@@ -129,6 +133,17 @@ def test_stop_strings_end_the_text() -> None:
     assert out.texts == [text[:at]]
     assert out.tokens == [tokens[: at + 3]]
     assert out.reasons == ["stop"]
+
+
+def test_prompts_may_be_texts() -> None:
+    model, letters = model_of(), Letters()
+    out = model.generate([letters.decode(PROMPTS[0]), PROMPTS[2]], 4, tokenizer=letters)
+    assert out.tokens == model.generate([PROMPTS[0], PROMPTS[2]], 4).tokens
+    assert out.texts == [letters.decode(tokens) for tokens in out.tokens]
+    with pytest.raises(ValueError, match=r"prompts\[0\] must have at least one token, got none"):
+        model.generate([""], 4, tokenizer=letters)
+    with pytest.raises(TypeError, match=r"prompts\[0\] must be ids, since there is no tokenizer, got 'a'"):
+        model.generate(["a"], 4)
 
 
 def test_a_stream_brings_all_that_generate_returns() -> None:

@@ -1,5 +1,6 @@
 """Text that comes token by token is the text of all tokens at once, and ends before a stop string."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,14 +11,14 @@ from fastattn.models.text import TextStream
 class Bytes:
     """A tokenizer of single bytes."""
 
-    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return bytes(i for i in ids if i < 256 or not skip_special_tokens).decode(errors="replace")
 
 
 class Words:
     """A tokenizer of words, with a space before each but the first, as SentencePiece decodes."""
 
-    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return " ".join("abcdefghij"[i] * (1 + i % 3) for i in ids)
 
 
