@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 # Per device, the order in which `auto` asks. It follows measurements in benchmarks/results/.
-ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
+ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "triton"), "cuda": ("triton",)}
 
 REFERENCE = "reference"
 
