@@ -8,6 +8,7 @@
 #include <cmath>
 #include <vector>
 
+#include "program.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -116,7 +117,7 @@ AttentionParams varlen_params(PyObject* call, PyObject* out, PyObject* lse, PyOb
 }
 
 // gradients: dout, dlse, dq, dk, dv, dbias, dsinks, delta, dq_sum.
-void run_bwd(AttentionParams p, PyObject* gradients, int threads) {
+void set_gradients(AttentionParams& p, PyObject* gradients) {
   const auto tensor = [&](int i) {
     const Tensor x = tensor_of(item(gradients, i));
     return x.ndim == 3 ? as_batch(x) : x;
@@ -130,9 +131,6 @@ void run_bwd(AttentionParams p, PyObject* gradients, int threads) {
   p.dsinks = array<float>(item(gradients, 6));
   p.delta = array<float>(item(gradients, 7));
   p.dq_sum = tensor(8).strided();
-  check_python();
-  const py::gil_scoped_release release;
-  attention_bwd_cpu(p, threads);
 }
 
 using Params = AttentionParams (*)(PyObject*, PyObject*, PyObject*, PyObject*);
@@ -141,14 +139,23 @@ template <Params params>
 void fwd(const py::tuple& call, const py::object& out, const py::object& lse,
          const py::object& lse_rest, int threads) {
   const AttentionParams p = params(call.ptr(), out.ptr(), lse.ptr(), lse_rest.ptr());
-  const py::gil_scoped_release release;
-  attention_fwd_cpu(p, threads);
+  launch([=] { attention_fwd_cpu(p, threads); }, call, out, lse, lse_rest);
 }
 
 template <Params params>
 void bwd(const py::tuple& call, const py::object& out, const py::object& lse,
          const py::object& lse_rest, const py::tuple& gradients, int threads) {
-  run_bwd(params(call.ptr(), out.ptr(), lse.ptr(), lse_rest.ptr()), gradients.ptr(), threads);
+  AttentionParams p = params(call.ptr(), out.ptr(), lse.ptr(), lse_rest.ptr());
+  set_gradients(p, gradients.ptr());
+  launch([=] { attention_bwd_cpu(p, threads); }, call, out, lse, lse_rest, gradients);
+}
+
+// Reads the lengths when it runs: the next time they will be others.
+void run_decode(AttentionParams p, const CacheUpdate& update, int threads) {
+  std::vector<int32_t> seqlens(update.seqlens, update.seqlens + p.batch);
+  for (int32_t& n : seqlens) n += static_cast<int32_t>(update.new_keys);
+  p.sequences.seqlens_k = seqlens.data();
+  attention_decode_cpu(p, update, threads);
 }
 
 // A Call of fastattn/ops/attention_decode.py.
@@ -177,19 +184,13 @@ void decode(const py::tuple& tuple, const py::object& out, const py::object& lse
   update.rotary_type = cos.type;
   update.interleaved = item(call, 19) == Py_True;
   update.in_steps = item(call, 20) == Py_True;
-  check_python();
-
-  std::vector<int32_t> seqlens(update.seqlens, update.seqlens + p.batch);
-  for (int32_t& n : seqlens) n += static_cast<int32_t>(update.new_keys);
   p.sequences.count = p.batch;
-  p.sequences.seqlens_k = seqlens.data();
   p.sequences.pages = static_cast<const int32_t*>(pages.data);
   p.sequences.pages_stride = pages.data ? pages.stride[0] : 0;
   p.sequences.page_size = pages.data ? k.shape[1] : 0;
   p.sequences.cache_rows = array<int32_t>(item(call, 7));
   p.sequences.first_keys = array<int32_t>(item(call, 8));
-  const py::gil_scoped_release release;
-  attention_decode_cpu(p, update, threads);
+  launch([=] { run_decode(p, update, threads); }, tuple, out, lse);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ void bind_linear(pybind11::module_& m);
 void bind_linear_cross_entropy(pybind11::module_& m);
 void bind_machine(pybind11::module_& m);
 void bind_norm(pybind11::module_& m);
+void bind_program(pybind11::module_& m);
 void bind_rotary(pybind11::module_& m);
 void bind_tensor(pybind11::module_& m);
 }  // namespace fastattn
@@ -20,5 +21,6 @@ PYBIND11_MODULE(_C, m) {
   fastattn::bind_linear(m);
   fastattn::bind_linear_cross_entropy(m);
   fastattn::bind_norm(m);
+  fastattn::bind_program(m);
   fastattn::bind_rotary(m);
 }

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include "linear_call.h"
+#include "program.h"
 
 namespace py = pybind11;
 
@@ -99,9 +100,7 @@ template <class Kind>
 void fwd(const py::tuple& call, const py::object& out, const py::object& pre, int threads) {
   FeedForwardParams p = Kind::params(call.ptr(), pre.ptr());
   p.out = matrix(tensor_of(out.ptr()));
-  check_python();
-  const py::gil_scoped_release release;
-  feed_forward_fwd_cpu(p, threads);
+  launch([=] { feed_forward_fwd_cpu(p, threads); }, call, out, pre);
 }
 
 template <class Kind>
@@ -112,9 +111,7 @@ void bwd(const py::object& dout, const py::object& pre, const py::tuple& call,
   g.dout = matrix(tensor_of(dout.ptr()));
   g.dx = matrix(tensor_of(item(gradients.ptr(), 0)));
   Kind::set_gradients(g, gradients.ptr(), p);
-  check_python();
-  const py::gil_scoped_release release;
-  feed_forward_bwd_cpu(p, g, threads);
+  launch([=] { feed_forward_bwd_cpu(p, g, threads); }, dout, pre, call, gradients);
 }
 
 }  // namespace

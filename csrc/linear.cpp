@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include "linear_call.h"
+#include "program.h"
 
 namespace py = pybind11;
 
@@ -33,9 +34,7 @@ LinearParams params_of(PyObject* call, PyObject* pre) {
 void fwd(const py::tuple& call, const py::object& out, const py::object& pre, int threads) {
   LinearParams p = params_of(call.ptr(), pre.ptr());
   p.out = matrix(tensor_of(out.ptr()));
-  check_python();
-  const py::gil_scoped_release release;
-  linear_fwd_cpu(p, threads);
+  launch([=] { linear_fwd_cpu(p, threads); }, call, out, pre);
 }
 
 // gradients: dx, dweight, dbias.
@@ -47,9 +46,7 @@ void bwd(const py::object& dout, const py::object& pre, const py::tuple& call,
   g.dx = matrix(tensor_of(item(gradients.ptr(), 0)));
   g.dweight = matrix(tensor_of(item(gradients.ptr(), 1)));
   g.dbias = tensor_of(item(gradients.ptr(), 2)).data;
-  check_python();
-  const py::gil_scoped_release release;
-  linear_bwd_cpu(p, g, threads);
+  launch([=] { linear_bwd_cpu(p, g, threads); }, dout, pre, call, gradients);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include "linear_call.h"
+#include "program.h"
 
 namespace py = pybind11;
 
@@ -36,9 +37,7 @@ void fwd(const py::tuple& call, const py::object& loss, const py::object& lse, i
   const CrossEntropyParams p = params_of(call.ptr());
   float* losses = array<float>(loss.ptr());
   double* sums = array<double>(lse.ptr());
-  check_python();
-  const py::gil_scoped_release release;
-  linear_cross_entropy_fwd_cpu(p, losses, sums, threads);
+  launch([=] { linear_cross_entropy_fwd_cpu(p, losses, sums, threads); }, call, loss, lse);
 }
 
 // gradients: dx, dweight, dbias.
@@ -51,9 +50,7 @@ void bwd(const py::object& dloss, const py::object& lse, const py::tuple& call,
   g.dx = matrix(tensor_of(item(gradients.ptr(), 0)));
   g.dweight = matrix(tensor_of(item(gradients.ptr(), 1)));
   g.dbias = tensor_of(item(gradients.ptr(), 2)).data;
-  check_python();
-  const py::gil_scoped_release release;
-  linear_cross_entropy_bwd_cpu(p, g, threads);
+  launch([=] { linear_cross_entropy_bwd_cpu(p, g, threads); }, dloss, lse, call, gradients);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "program.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -68,9 +69,7 @@ void fwd(const py::tuple& call, const py::object& out, const py::object& total,
   p.total = tensor_of(total.ptr()).data;
   p.mean = array<float>(mean.ptr());
   p.rstd = array<float>(rstd.ptr());
-  check_python();
-  const py::gil_scoped_release release;
-  norm_fwd_cpu(p, threads);
+  launch([=] { norm_fwd_cpu(p, threads); }, call, out, total, mean, rstd);
 }
 
 // gradients: dout, dtotal, mean, rstd, dx, dweight, dbias; the Call's x is what was normalised.
@@ -85,9 +84,7 @@ void bwd(const py::tuple& call, const py::tuple& gradients, int threads) {
   p.dx = tensor(4).data;
   p.dweight = tensor(5).data;
   p.dbias = tensor(6).data;
-  check_python();
-  const py::gil_scoped_release release;
-  norm_bwd_cpu(p, threads);
+  launch([=] { norm_bwd_cpu(p, threads); }, call, gradients);
 }
 
 }  // namespace

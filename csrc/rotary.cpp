@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "program.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -34,9 +35,7 @@ void fwd(const py::tuple& tuple, const py::object& out, int threads) {
   p.own_angles = cos.ndim == 3;
   p.interleaved = item(call, 4) == Py_True;
   p.inverse = item(call, 5) == Py_True;
-  check_python();
-  const py::gil_scoped_release release;
-  rotary_cpu(p, threads);
+  launch([=] { rotary_cpu(p, threads); }, tuple, out);
 }
 
 }  // namespace

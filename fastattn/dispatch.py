@@ -7,9 +7,10 @@ has attention?" is answered by `ls fastattn/*/attention.py`.
 
 import importlib
 import os
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -17,6 +18,8 @@ import torch
 ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "triton"), "cuda": ("triton",)}
 
 REFERENCE = "reference"
+
+T = TypeVar("T")
 
 # What `backend=None` means: the first backend that supports the call, or the one named here.
 DEFAULT = os.environ.get("FASTATTN_BACKEND", "auto")
@@ -130,6 +133,18 @@ def explain(op: Any, /, *args: Any, **kwargs: Any) -> Explanation:
         kwargs.pop(name_of_no_input, None)
     call = module.check(*args, **kwargs)
     return verdicts(name, call[0].device, call)
+
+
+def recorder(device: torch.device) -> Callable[[Callable[[], T]], tuple[Callable[[], None], T]] | None:
+    """`record` of the first backend of a device that has one, or None.
+
+    `record(function)` runs a function that does nothing but launch kernels, on tensors that stay where
+    they are, and returns what runs it again as one call, and the function's result, which that overwrites.
+    """
+    for name in ORDER.get(device.type, ()):
+        if (module := backend_module(name, "_program")) is not None:
+            return module.record  # type: ignore[no-any-return]
+    return None
 
 
 def in_forward_mode() -> bool:

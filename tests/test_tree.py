@@ -24,7 +24,7 @@ OPS = sorted(p.stem for p in ROOT.glob("fastattn/ops/*.py") if not p.stem.starts
 # dispatch reaches the backends by importlib alone, so no arrow leads from it to them.
 ABOVE_DISPATCH = {"dispatch"}
 ABOVE_OPS = ABOVE_DISPATCH | {"dropout", "ops"}
-ABOVE_NN = ABOVE_OPS | {"nn"}
+ABOVE_NN = ABOVE_OPS | {"merge", "nn", "weights"}
 MAY_IMPORT = {
     "_C": set(),
     "cpu": {"_C", "dropout"},
@@ -33,8 +33,11 @@ MAY_IMPORT = {
     "dispatch": set(),
     "dropout": set(),
     "ops": ABOVE_DISPATCH | {"dropout"},
+    "merge": ABOVE_OPS,
+    "weights": ABOVE_OPS,
+    "distributed": ABOVE_OPS | {"merge"},
     "nn": ABOVE_OPS,
-    "models": ABOVE_NN,
+    "models": ABOVE_NN | {"distributed"},
     "integrations": ABOVE_NN,
     "testing": ABOVE_NN | {"__init__"},
     "__init__": ABOVE_NN | {"models", "integrations"},

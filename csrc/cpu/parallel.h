@@ -5,22 +5,27 @@
 #include <omp.h>
 #endif
 
-#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
 #include <thread>
 #include <vector>
 
+#include "team.h"
+
 namespace fastattn {
 
-// Runs f(thread) on up to `threads` threads of the OpenMP pool, which PyTorch shares; without
-// OpenMP, on threads that are started for it. f takes its work from a counter, so that it is all
-// done whatever number of threads comes.
+// Runs f(thread) on up to `threads` threads: of the team that the calling thread leads, else of the
+// OpenMP pool, which PyTorch shares; without OpenMP, on threads that are started for it. f takes
+// its work from a counter, so that it is all done whatever number of threads comes.
 template <class F>
 void parallel(int threads, const F& f) {
   if (threads <= 1) {
     f(0);
+    return;
+  }
+  if (Team* team = Team::led()) {
+    team->run(threads, f);
     return;
   }
 #ifdef _OPENMP
@@ -34,7 +39,23 @@ void parallel(int threads, const F& f) {
 #endif
 }
 
-using Counter = std::atomic<int64_t>;
+// Runs body() on the calling thread, which leads a team meanwhile.
+template <class F>
+void with_team(int threads, const F& body) {
+  if (threads <= 1) {
+    body();
+    return;
+  }
+  Team team(threads);
+  parallel(threads, [&](int thread) {
+    if (thread > 0) {
+      team.serve(thread);
+    } else {
+      const Team::Leading leading(team);
+      body();
+    }
+  });
+}
 
 // Runs f(t) for t in [0, n), handed out in order.
 template <class F>
@@ -55,20 +76,6 @@ void for_each(int threads, int64_t n, int64_t grain, const F& f) {
       for (const int64_t end = t + grain < n ? t + grain : n; t < end; ++t) f(own, t);
     }
   });
-}
-
-// Waits until counter >= value. Who waits has work that was handed out after the work it waits for,
-// so that somebody is always at work.
-inline void wait_for(const Counter& counter, int64_t value) {
-  for (int spins = 0; counter.load(std::memory_order_acquire) < value; ++spins) {
-    if (spins < 4096) {
-#if defined(__x86_64__) || defined(__i386__)
-      __builtin_ia32_pause();
-#endif
-    } else {
-      std::this_thread::yield();
-    }
-  }
 }
 
 // An aligned buffer that is kept for the next call, up to a limit: fresh pages cost a fault each.

@@ -111,7 +111,17 @@ class KVCache:
         """
         new = 0 if k is None else k.shape[1]
         if new:
-            self._make_room(new)
+            self.reserve(new)
+        out = self.extend(q, k, v, **options)
+        if new:
+            self.lengths += new
+        return out
+
+    def extend(self, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, **options: Any) -> Tensor:
+        """`attend` for who keeps the lengths: room was reserved before, and `lengths` stays as it is.
+
+        Layers of a model that share their lengths use it (`fastattn.models.ModelCache`).
+        """
         out = attention_decode(
             q,
             self.k,
@@ -124,8 +134,6 @@ class KVCache:
             v_scale=self.v_scale,
             **options,
         )
-        if new:
-            self.lengths += new
         return cast(Tensor, out)
 
     def append(self, k: Tensor, v: Tensor, **options: Any) -> None:
@@ -207,8 +215,12 @@ class KVCache:
     def _stored(self) -> list[Tensor]:
         return [x for x in (self.k, self.v, self.k_scale, self.v_scale) if x is not None]
 
-    def _make_room(self, new: int) -> None:
-        """Raises where new tokens have no place; gives each sequence the pages for them."""
+    def reserve(self, new: int) -> None:
+        """Gives each sequence the pages for new tokens.
+
+        Raises:
+            ValueError: they have no place; nothing was changed then.
+        """
         if self.page_size is None and (torch.compiler.is_compiling() or self.k.device.type != "cpu"):
             return  # the op looks at the lengths when it runs, where it can
         wanted = [length + new for length in self.lengths.tolist()]

@@ -168,22 +168,34 @@ def attention_reference(call: Call, first_plane: int = 0) -> tuple[Tensor, Tenso
     Args:
         first_plane: of the dropout: the one of the first sequence's first head.
     """
-    q, k, v = (x.transpose(1, 2) for x in call[:3])
-    groups = q.shape[1] // max(k.shape[1], 1)
-    if groups != 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    batch, nheads, seqlen_q, _ = q.shape
-    seqlen_k = k.shape[2]
+    weights, lse = weights_reference(call)
+    batch, nheads, seqlen_q, seqlen_k = weights.shape
+    if call.dropout_p > 0.0:
+        assert call.seed is not None
+        keep = dropout.keep_mask(
+            call.seed.to(weights.device), call.dropout_p, batch * nheads, seqlen_q, seqlen_k, first_plane
+        ).view(batch, nheads, seqlen_q, seqlen_k)
+        weights = weights * keep / (1.0 - call.dropout_p)
+    v = _for_all_heads(call.v, nheads)
+    return (weights @ v).transpose(1, 2).contiguous(), lse
 
-    scores = (q @ k.transpose(-1, -2)) * call.softmax_scale
+
+def weights_reference(call: Call, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The weights [B, H, Sq, Sk] before any dropout, and lse [B, H, Sq].
+
+    Args:
+        positions: [Sq], where each query stands among the keys. Default: aligned at the end.
+    """
+    q = call.q.transpose(1, 2)
+    batch, nheads, seqlen_q, _ = q.shape
+    seqlen_k = call.k.shape[1]
+
+    scores = (q @ _for_all_heads(call.k, nheads).transpose(-1, -2)) * call.softmax_scale
     if call.softcap > 0.0:
         scores = call.softcap * torch.tanh(scores / call.softcap)
-    # Where query i would stand among the keys, minus where key j stands.
-    distance = (
-        torch.arange(seqlen_q, device=q.device)[:, None]
-        + (seqlen_k - seqlen_q)
-        - torch.arange(seqlen_k, device=q.device)
-    )
+    if positions is None:
+        positions = torch.arange(seqlen_q, device=q.device) + (seqlen_k - seqlen_q)
+    distance = positions[:, None] - torch.arange(seqlen_k, device=q.device)
     if call.alibi_slopes is not None:
         scores = scores - call.alibi_slopes[:, :, None, None].to(scores.dtype) * distance.abs()
     if call.bias is not None:
@@ -208,13 +220,14 @@ def attention_reference(call: Call, first_plane: int = 0) -> tuple[Tensor, Tenso
     if call.sinks is None:
         weights = weights.masked_fill(sees_nothing, 0.0)
         lse = lse.masked_fill(sees_nothing[..., 0], -math.inf)
-    if call.dropout_p > 0.0:
-        assert call.seed is not None
-        keep = dropout.keep_mask(
-            call.seed.to(q.device), call.dropout_p, batch * nheads, seqlen_q, seqlen_k, first_plane
-        ).view(batch, nheads, seqlen_q, seqlen_k)
-        weights = weights * keep / (1.0 - call.dropout_p)
-    return (weights @ v).transpose(1, 2).contiguous(), lse
+    return weights, lse
+
+
+def _for_all_heads(x: Tensor, nheads: int) -> Tensor:
+    """k or v as [B, H, Sk, D], each KV head once for every query head that reads it."""
+    x = x.transpose(1, 2)
+    groups = nheads // max(x.shape[1], 1)
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
 
 _CALL_SCHEMA = (
