@@ -9,9 +9,9 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") != "0"
 Item = TypeVar("Item")
 
 
-def examples(count: int) -> int:
-    """Of hypothesis, for one test."""
-    return max(count // 5, 4) if INTERPRETING else count
+def examples(count: int, share: int = 5) -> int:
+    """Of hypothesis, for one test: all, or one in so many."""
+    return max(count // share, 4) if INTERPRETING else count
 
 
 def some(items: Sequence[Item], count: int = 2) -> Sequence[Item]:

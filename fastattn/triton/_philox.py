@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fastattn import dropout
 from fastattn.triton._runtime import tl, triton
 
@@ -9,6 +12,13 @@ from fastattn.triton._runtime import tl, triton
 def threshold(p: float) -> int:
     """`dropout.threshold` moved into the range of an int32, as `keep_tile` takes it."""
     return dropout.threshold(p) - 2**31
+
+
+def seed_on(seed: Tensor, device: torch.device) -> Tensor:
+    """The seed where kernels can read it. A fill waits for nothing and can be recorded in a CUDA graph."""
+    if seed.device == device:
+        return seed
+    return torch.full((), int(seed), dtype=torch.int64, device=device)
 
 
 @triton.jit
