@@ -50,6 +50,7 @@ class Report(NamedTuple):
     shared: int  # bytes of a program
     instructions: str  # of the tensor cores: how many, and which
     matrix: bool
+    rows: int  # of a tile
 
 
 def ops() -> list[str]:
@@ -87,6 +88,7 @@ def _report(task: tuple[str, str, int]) -> Report:
         op, wanted.kernel.__name__, wanted.name, architecture, wanted.num_warps, wanted.num_stages,
         registers, stack + local, code.metadata.shared,
         ", ".join(f"{count} {name.split('.')[0]}" for name, count in names.items()), wanted.matrix,
+        wanted.arguments.get("ROWS", 0),
     )  # fmt: skip
 
 
