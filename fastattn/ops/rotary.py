@@ -55,7 +55,7 @@ def rotary(
             with positions outside the tables become NaN.
         NotImplementedError: no backend takes the call; gives each one's reason.
     Backends:
-        cpu (AVX-512-BF16, AVX-512, AVX2, generic); see `fastattn.explain`.
+        cpu (AVX-512-BF16, AVX-512, AVX2, generic), triton (CUDA); see `fastattn.explain`.
     Source:
         Su et al. 2021, arXiv:2104.09864.
     """
