@@ -14,8 +14,8 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {
     "odd": (37, 53, 29, 31),
     "one": (1, 1, 1, 1),
-    "one_row": (1, 130, 517, 129),
     "empty": (0, 7, 6, 5),
+    "one_row": (1, 130, 517, 129),
     "one_feature": (5, 1, 3, 1),
     "one_hidden": (40, 7, 1, 5),
     "few_rows": (7, 96, 700, 100),
@@ -30,7 +30,7 @@ def call(shape, option, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("option", ["gelu", "relu", "transposed"])
-@pytest.mark.parametrize("shape", some(list(SHAPES), 4))
+@pytest.mark.parametrize("shape", some(list(SHAPES), 3))
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_shapes(check_op, dtype, shape, option):
     check_op("feed_forward", call(SHAPES[shape], option, dtype))
