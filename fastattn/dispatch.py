@@ -15,7 +15,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 # Per device, the order in which `auto` asks. It follows measurements in benchmarks/results/.
-ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
+ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "triton"), "cuda": ("triton",)}
+
+# Nothing of benchmarks/results/ shows them on a device yet: `auto` passes them over.
+BY_NAME_ALONE = frozenset({"triton"})
 
 REFERENCE = "reference"
 
@@ -31,16 +34,23 @@ class Verdict(NamedTuple):
     backend: str
     reason: str | None
 
+    @property
+    def takes_auto(self) -> bool:
+        """Whether `auto` could choose it."""
+        return self.reason is None and self.backend not in BY_NAME_ALONE
+
+    def __str__(self) -> str:
+        if self.reason is None and self.backend in BY_NAME_ALONE:
+            return f"has not run on a device yet; backend={self.backend!r} asks for it by name"
+        return self.reason or "supports this call"
+
 
 class Explanation(list[Verdict]):
     """The verdict of every backend, in the order in which `auto` asks. Prints as a small table."""
 
     def __repr__(self) -> str:
-        chosen = next((v.backend for v in self if v.reason is None), None)
-        lines = [
-            f"{'->' if v.backend == chosen else '  '} {v.backend:10} {v.reason or 'supports this call'}"
-            for v in self
-        ]
+        chosen = next((v.backend for v in self if v.takes_auto), None)
+        lines = [f"{'->' if v.backend == chosen else '  '} {v.backend:10} {v!s}" for v in self]
         lines.append(f"   {REFERENCE:10} plain PyTorch; only when named (backend={REFERENCE!r})")
         return "\n".join(lines)
 
@@ -92,14 +102,14 @@ def _asked(op: str, backend: str, device: torch.device) -> tuple[ModuleType, ...
         if backend not in known:
             allowed = ", ".join(repr(name) for name in ("auto", *sorted(known), REFERENCE))
             raise ValueError(f"backend={backend!r} is unknown; allowed are {allowed}")
-        order = tuple(name for name in order if name == backend)
-    return tuple(module for name in order if (module := backend_module(name, op)) is not None)
+    wanted = [name for name in order if name == backend or (backend == "auto" and name not in BY_NAME_ALONE)]
+    return tuple(module for name in wanted if (module := backend_module(name, op)) is not None)
 
 
 def _refusal(op: str, backend: str, device: torch.device, call: Any) -> str:
     found = [v for v in verdicts(op, device, call) if backend in ("auto", v.backend)]
     if found:
-        reasons = "; ".join(f"{v.backend}: {v.reason}" for v in found)
+        reasons = "; ".join(f"{v.backend}: {v!s}" for v in found)
     elif backend == "auto":
         reasons = f"there is no backend for device {device.type!r} (only for {sorted(ORDER)})"
     else:

@@ -1,5 +1,6 @@
 """Options and fixtures that all tests share."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from fastattn import attention, dispatch
 from fastattn.testing.check import check_attention, refusal
 from fastattn.testing.check_linear import OPS, check_linear
+from fastattn.testing.effort import INTERPRETING
 
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
@@ -24,17 +26,45 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backend",
         action="append",
-        help='a backend to test, also "reference"; may be repeated; default: all of this machine',
+        help='a backend to test, also "reference" and, under TRITON_INTERPRET=1, "triton"; may be repeated; '
+        "default: cpu",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    config.addinivalue_line("markers", "many: makes so many calls that no interpreter should")
+    if INTERPRETING:
+        quicken_the_interpreter()
+
+
+def quicken_the_interpreter() -> None:
+    """Half of its time goes into preparing `triton.language` for each call of each function: once will do.
+
+    Nothing is undone afterwards, so nothing can be compiled in this process.
+    """
+    from triton.runtime import interpreter
+
+    prepare = interpreter._patch_lang
+
+    @functools.cache
+    def prepare_once(function: Any) -> Any:
+        prepare(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = prepare_once
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if INTERPRETING:
+        for item in items:
+            if item.get_closest_marker("many") or item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="too many or too large calls for an interpreter"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
-        names = metafunc.config.getoption("backend") or dispatch.ORDER["cpu"]
+        names = metafunc.config.getoption("backend") or ["cpu"]
         metafunc.parametrize("backend", names, scope="session")
 
 

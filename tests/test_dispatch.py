@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastattn import attention, dispatch, explain
+from fastattn import attention, dispatch, explain, rms_norm
 from fastattn.testing.inputs import qkv
 
 SHAPE = (1, 2, 1, 3, 4, 8)
@@ -22,7 +22,8 @@ def test_auto_takes_a_backend_that_supports_the_call():
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_an_unknown_backend_is_an_error_that_lists_the_known(grad):
-    with pytest.raises(ValueError, match="backend='gpu' is unknown; allowed are 'auto', 'cpu', 'reference'"):
+    known = "'auto', 'cpu', 'triton', 'reference'"
+    with pytest.raises(ValueError, match=f"backend='gpu' is unknown; allowed are {known}"):
         attention(*qkv(*SHAPE, requires_grad=grad), backend="gpu")
 
 
@@ -92,3 +93,19 @@ class TestExplain:
     def test_runs_nothing(self, monkeypatch):
         monkeypatch.setattr(dispatch, "choose", None)
         explain(attention, *qkv(*SHAPE))
+
+
+def test_what_no_device_has_run_is_reached_by_name_alone(monkeypatch):
+    """It would run the call, and says so; `auto` passes it over."""
+    monkeypatch.setattr(dispatch, "BY_NAME_ALONE", frozenset({"cpu"}))
+    dispatch._asked.cache_clear()
+    x = torch.zeros(2, 8)
+    try:
+        verdict = explain(rms_norm, x)[0]
+        assert verdict.reason is None and not verdict.takes_auto
+        assert "-> cpu" not in repr(explain(rms_norm, x))
+        with pytest.raises(NotImplementedError, match="cpu: has not run on a device yet; backend='cpu' asks"):
+            rms_norm(x, backend="auto")
+        assert torch.equal(rms_norm(x, backend="cpu"), x)
+    finally:
+        dispatch._asked.cache_clear()

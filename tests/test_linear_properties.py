@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from fastattn.ops._activation import ACTIVATIONS
 from fastattn.testing.check import refusal
 from fastattn.testing.check_linear import OPS, check_linear, inputs, results, with_options
+from fastattn.testing.effort import examples
 from fastattn.testing.fence import fenced
 
 LAYOUTS = {
@@ -68,7 +69,7 @@ def mean_of_nothing(call):
 
 @pytest.mark.parametrize("op", OPS)
 @given(data=st.data())
-@settings(max_examples=120)
+@settings(max_examples=examples(120, 10))
 def test_error_rule(backend, op, data):
     call = data.draw(calls(op))
     assume(not mean_of_nothing(call))
@@ -78,7 +79,7 @@ def test_error_rule(backend, op, data):
 
 @pytest.mark.parametrize("op", OPS)
 @given(data=st.data())
-@settings(max_examples=40)
+@settings(max_examples=examples(40, 10))
 def test_a_slice_gives_the_bits_of_a_copy(kernel_backend, op, data):
     """Weights keep their order: kernels may add up another way along the other one."""
     call = data.draw(calls(op))

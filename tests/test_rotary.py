@@ -9,6 +9,7 @@ from fastattn import rotary
 from fastattn.testing.check import upstream
 from fastattn.testing.check_op import ROTARY_OPTION_SETS, check_op, op_results, rotary_inputs
 from fastattn.testing.compare import assert_close
+from fastattn.testing.effort import examples, some
 from fastattn.testing.fence import FencedAllocations, fenced
 
 pytest.importorskip("fastattn._C", reason="the compiled core is missing")
@@ -23,11 +24,13 @@ both_orders = pytest.mark.parametrize("interleaved", [False, True], ids=["halves
 @all_types
 @both_orders
 def test_options(backend, option, dtype, interleaved):
-    for *shape, rotary_dim in ((2, 7, 3, 64, 64), (1, 40, 2, 80, 32), (3, 5, 1, 7, 6), (2, 9, 4, 128, 2)):
+    shapes = ((2, 7, 3, 64, 64), (3, 5, 1, 7, 6), (1, 40, 2, 80, 32), (2, 9, 4, 128, 2))
+    for *shape, rotary_dim in some(shapes):
         given = rotary_inputs(option, *shape, rotary_dim=rotary_dim, dtype=dtype, interleaved=interleaved)
         check_op(rotary, given, backend=backend)
 
 
+@pytest.mark.many
 @all_types
 @both_orders
 def test_every_size(backend, dtype, interleaved):
@@ -101,13 +104,13 @@ def build(call):
 
 
 @given(calls)
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_error_rule(backend, call):
     check_op(rotary, build(call), backend=backend)
 
 
 @given(calls)
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_layouts_give_the_same_bits(kernel_backend, call):
     given = build(call)
     dense = {name: x.contiguous() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
@@ -190,6 +193,7 @@ def set_threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.many
 @all_types
 @both_orders
 def test_threads_give_the_same_bits(kernel_backend, set_threads, dtype, interleaved):

@@ -89,7 +89,7 @@ def feed_forward(
         ValueError, TypeError: an argument is wrong; names it, what was given and what is allowed.
         NotImplementedError: no backend takes the call; gives each one's reason.
     Backends:
-        cpu (AVX-512-BF16, AVX-512, AVX2, generic); see `fastattn.explain`.
+        cpu (AVX-512-BF16, AVX-512, AVX2, generic), triton (CUDA); see `fastattn.explain`.
     Source:
         Vaswani et al. 2017, arXiv:1706.03762, section 3.3.
     """

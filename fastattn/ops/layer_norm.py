@@ -54,7 +54,7 @@ def layer_norm(
         ValueError, TypeError: an argument is wrong; names it, what was given and what is allowed.
         NotImplementedError: no backend takes the call; gives each one's reason.
     Backends:
-        cpu (AVX-512-BF16, AVX-512, AVX2, generic); see `fastattn.explain`.
+        cpu (AVX-512-BF16, AVX-512, AVX2, generic), triton (CUDA); see `fastattn.explain`.
     Source:
         Ba, Kiros and Hinton 2016, arXiv:1607.06450.
     """

@@ -77,7 +77,7 @@ def linear(
         ValueError, TypeError: an argument is wrong; names it, what was given and what is allowed.
         NotImplementedError: no backend takes the call; gives each one's reason.
     Backends:
-        cpu (AVX-512-BF16, AVX-512, AVX2, generic); see `fastattn.explain`.
+        cpu (AVX-512-BF16, AVX-512, AVX2, generic), triton (CUDA); see `fastattn.explain`.
     Source:
         Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication".
     """

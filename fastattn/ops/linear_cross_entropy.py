@@ -85,7 +85,7 @@ def linear_cross_entropy(
             stands in target is looked at on the CPU alone.
         NotImplementedError: no backend takes the call; gives each one's reason.
     Backends:
-        cpu (AVX-512-BF16, AVX-512, AVX2, generic); see `fastattn.explain`.
+        cpu (AVX-512-BF16, AVX-512, AVX2, generic), triton (CUDA); see `fastattn.explain`.
     Source:
         Wijmans et al. 2024, "Cut your losses in large-vocabulary language models", arXiv:2411.09009.
     """

@@ -51,10 +51,11 @@ def rotary(
         Against the reference in float64, at most twice PyTorch's in the same type (testing/compare.py).
     Raises:
         ValueError, TypeError: an argument is wrong; names it, what was given and what is allowed. Under
-            tracing, what positions hold is looked at when the op runs.
+            tracing, what positions hold is looked at when the op runs. On a GPU nobody looks: tokens
+            with positions outside the tables become NaN.
         NotImplementedError: no backend takes the call; gives each one's reason.
     Backends:
-        cpu (AVX-512-BF16, AVX-512, AVX2, generic); see `fastattn.explain`.
+        cpu (AVX-512-BF16, AVX-512, AVX2, generic), triton (CUDA); see `fastattn.explain`.
     Source:
         Su et al. 2021, arXiv:2104.09864.
     """
@@ -226,7 +227,7 @@ _LIB.define(
 
 def _fwd(*args: Any) -> Tensor:
     call = Call(*args[:-1])
-    if call.positions is not None:
+    if call.positions is not None and call.positions.device.type == "cpu":
         _check_range(call.positions, call.cos)
     module = dispatch.choose("rotary", args[-1], call.x.device, call)
     return module.rotary_fwd(call)  # type: ignore[no-any-return]
