@@ -1,6 +1,7 @@
 """One process or several of torchrun: what they share, and how the model is spread over them."""
 
 import os
+import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -9,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+_LAST_WORK = 0.2  # seconds
 
 
 class Ranks:
@@ -74,6 +77,9 @@ class Ranks:
         """No process talks to another after it."""
         if dist.is_initialized():
             dist.destroy_process_group()
+            # gloo's threads let go of their last work on their own, and ask Python for it: one that is
+            # ending by then kills them, and the process ends with SIGABRT.
+            time.sleep(_LAST_WORK)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -53,8 +53,8 @@ def run(given: dict[str, Any], resume: bool) -> int:
         trainer = Trainer(options, facts, folder, ranks)
         trainer.restore()
         is_done = trainer.train()
-        if is_done and ranks.is_first:
-            finish(folder, options, trainer)
+        if is_done:
+            conclude(folder, options, trainer)
     except (OSError, NotSaved) as error:
         raise Refusal(f"--out: {error}; --resume goes on once that is mended", code=1) from error
     finally:
@@ -98,6 +98,19 @@ def prepare(folder: Path, options: Options, resume: bool) -> None:
             f"warning: {folder} has {free / 1e6:.0f} MB free, checkpoints take about {needed / 1e6:.0f} MB",
             file=sys.stderr,
         )
+
+
+def conclude(folder: Path, options: Options, trainer: Trainer) -> None:
+    """The first process finishes, and the others end no sooner: torchrun stops all when one goes wrong."""
+    failure: Exception | None = None
+    if trainer.ranks.is_first:
+        try:
+            finish(folder, options, trainer)
+        except Exception as error:  # whatever it was: the others are waiting
+            failure = error
+    trainer.ranks.wait()
+    if failure is not None:
+        raise failure
 
 
 def finish(folder: Path, options: Options, trainer: Trainer) -> None:
