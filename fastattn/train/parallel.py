@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-_LAST_WORK = 0.2  # seconds
+_LAST_WORK = 0.5  # seconds
 
 
 class Ranks:
